@@ -1,0 +1,1 @@
+//! One plain struct file per kind.
