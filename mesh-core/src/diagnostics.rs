@@ -40,3 +40,33 @@ impl fmt::Display for Position {
         write!(f, "{}:{}:{}", self.file, self.line, self.column)
     }
 }
+
+/// Everything that loading and compiling a configuration had to say.
+#[derive(Clone, Debug, Default)]
+pub struct Diagnostics {
+    items: Vec<Diagnostic>,
+}
+
+/// One thing that loading or compiling had to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diagnostic {
+    /// Error or warning.
+    pub severity: Severity,
+    /// The field path.
+    pub path: String,
+    /// The reason.
+    pub message: String,
+}
+
+impl Diagnostics {
+    /// Records an error at a field path.
+    pub fn error(&mut self, path: impl Into<String>, message: impl Into<String>) {
+        self.items.push(Diagnostic { severity: Severity::Error, path: path.into(), message: message.into() });
+    }
+
+    /// Whether there is an error among them.
+    #[must_use]
+    pub fn has_errors(&self) -> bool {
+        self.items.iter().any(|item| item.severity == Severity::Error)
+    }
+}

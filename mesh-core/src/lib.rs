@@ -1,7 +1,25 @@
 //! Vocabulary and plumbing of the mesh layers; no policy.
 #![forbid(unsafe_code)]
 
+mod body;
 pub mod clock;
+mod compat;
+pub mod config;
+mod conn;
+mod context;
 pub mod diagnostics;
+mod error;
+mod flags;
 #[cfg(feature = "istio")]
 pub mod istio;
+mod snapshot;
+mod upstream;
+
+pub use body::{Body, BodyHook, EndOfBody, Side};
+pub use compat::{Compat, UnknownCompat};
+pub use conn::{ConnInfo, Direction};
+pub use context::{PinnedRoute, RequestContext, UpstreamInfo};
+pub use error::{BoxError, Error, ErrorKind};
+pub use flags::ResponseFlags;
+pub use snapshot::{Pinned, Slot, Snapshot, Snapshots};
+pub use upstream::{ClusterName, ConnectTarget, UpstreamTls};

@@ -1,0 +1,380 @@
+//! The body that flows through the mesh: generic at the edge, concrete inside.
+//!
+//! The pool, the cluster registry and `Dispatch` use only this type, so that no layer multiplies the number of
+//! types below it. What hyper read is carried as it is and never boxed; a foreign body is boxed once.
+//!
+//! Two things ride on a body, because only its end is the end of a request. A [`Meter`](Body::metered) counts
+//! bytes into the [`RequestContext`] and costs no allocation. A [`BodyHook`] hears of data, trailers and the one
+//! end, be it whole, failed or dropped; guards (permits, in-flight counts, a leased connection) live in hooks, so
+//! that a cancel at any await leaves the counters exact.
+
+use std::fmt;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body_util::BodyExt as _;
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::Incoming;
+
+use crate::context::RequestContext;
+use crate::error::{BoxError, Error, ErrorKind};
+use crate::flags::ResponseFlags;
+
+/// A request or response body.
+pub struct Body {
+    kind: Kind,
+    meter: Option<Meter>,
+    hook: Option<Box<dyn BodyHook>>,
+}
+
+enum Kind {
+    Empty,
+    Full(Option<Bytes>),
+    Incoming(Incoming, Side),
+    Boxed(UnsyncBoxBody<Bytes, Error>),
+}
+
+/// Which peer a body is read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The client: the body of a request.
+    Downstream,
+    /// The server: the body of a response.
+    Upstream,
+}
+
+/// How a body ended.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum EndOfBody<'a> {
+    /// Whole, trailers included.
+    Complete,
+    /// The peer it is read from failed.
+    Failed(&'a Error),
+    /// Dropped before its end: whoever was to receive it went away.
+    Dropped,
+}
+
+/// Hears what happens to a body. [`BodyHook::on_end`] is called exactly once.
+pub trait BodyHook: Send {
+    /// A data frame passed.
+    fn on_data(&mut self, _data: &Bytes) {}
+
+    /// The trailers passed; they may be changed.
+    fn on_trailers(&mut self, _trailers: &mut HeaderMap) {}
+
+    /// The body ended.
+    fn on_end(&mut self, end: EndOfBody<'_>);
+}
+
+struct Meter {
+    context: RequestContext,
+    side: Side,
+}
+
+impl Body {
+    /// A body without data.
+    #[must_use]
+    pub const fn empty() -> Self {
+        Self::of(Kind::Empty)
+    }
+
+    /// A body of one piece.
+    #[must_use]
+    pub fn full(data: impl Into<Bytes>) -> Self {
+        let data = data.into();
+        Self::of(if data.is_empty() { Kind::Empty } else { Kind::Full(Some(data)) })
+    }
+
+    /// What hyper reads from a connection; never boxed. An error becomes one of the side it is read from.
+    #[must_use]
+    pub fn from_incoming(incoming: Incoming, side: Side) -> Self {
+        if HttpBody::is_end_stream(&incoming) {
+            return Self::empty();
+        }
+        Self::of(Kind::Incoming(incoming, side))
+    }
+
+    /// A foreign body, boxed once.
+    pub fn new<B>(body: B) -> Self
+    where
+        B: HttpBody<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        if body.is_end_stream() {
+            return Self::empty();
+        }
+        Self::of(Kind::Boxed(body.map_err(|error| Error::from(error.into())).boxed_unsync()))
+    }
+
+    /// Counts the bytes of this body into `context`, as request bytes for [`Side::Downstream`] and as response
+    /// bytes for [`Side::Upstream`].
+    #[must_use]
+    pub fn metered(mut self, context: RequestContext, side: Side) -> Self {
+        self.meter = Some(Meter { context, side });
+        self
+    }
+
+    /// Adds a hook. Hooks hear of every event in the order in which they were added.
+    #[must_use]
+    pub fn with_hook(mut self, hook: impl BodyHook + 'static) -> Self {
+        let hook: Box<dyn BodyHook> = Box::new(hook);
+        self.hook = Some(match self.hook.take() {
+            Some(first) => Box::new(Both(first, hook)),
+            None => hook,
+        });
+        self
+    }
+
+    const fn of(kind: Kind) -> Self {
+        Self { kind, meter: None, hook: None }
+    }
+
+    fn end(&mut self, end: EndOfBody<'_>) {
+        if let Some(mut hook) = self.hook.take() {
+            hook.on_end(end);
+        }
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        let this = &mut *self;
+        let frame = match &mut this.kind {
+            Kind::Empty => None,
+            Kind::Full(data) => data.take().map(|data| Ok(Frame::data(data))),
+            Kind::Incoming(incoming, side) => ready!(Pin::new(incoming).poll_frame(cx))
+                .map(|frame| frame.map_err(|error| read_error(error, *side))),
+            Kind::Boxed(body) => ready!(Pin::new(body).poll_frame(cx)),
+        };
+        Poll::Ready(match frame {
+            Some(Ok(mut frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    if let Some(meter) = &this.meter {
+                        meter.count(data.len());
+                    }
+                    if let Some(hook) = &mut this.hook {
+                        hook.on_data(data);
+                    }
+                } else if let Some(trailers) = frame.trailers_mut()
+                    && let Some(hook) = &mut this.hook
+                {
+                    hook.on_trailers(trailers);
+                }
+                Some(Ok(frame))
+            }
+            Some(Err(error)) => {
+                this.end(EndOfBody::Failed(&error));
+                this.kind = Kind::Empty;
+                Some(Err(error))
+            }
+            None => {
+                this.end(EndOfBody::Complete);
+                None
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.kind {
+            Kind::Empty | Kind::Full(None) => true,
+            Kind::Full(Some(_)) => false,
+            Kind::Incoming(incoming, _) => incoming.is_end_stream(),
+            Kind::Boxed(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            Kind::Empty | Kind::Full(None) => SizeHint::with_exact(0),
+            Kind::Full(Some(data)) => SizeHint::with_exact(data.len() as u64),
+            Kind::Incoming(incoming, _) => incoming.size_hint(),
+            Kind::Boxed(body) => body.size_hint(),
+        }
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        if self.hook.is_some() {
+            // A reader that knows the length does not ask for the end, it stops.
+            let end = if self.is_end_stream() { EndOfBody::Complete } else { EndOfBody::Dropped };
+            self.end(end);
+        }
+    }
+}
+
+impl Default for Body {
+    fn default() -> Self {
+        Self::empty()
+    }
+}
+
+impl From<Bytes> for Body {
+    fn from(data: Bytes) -> Self {
+        Self::full(data)
+    }
+}
+
+impl From<String> for Body {
+    fn from(data: String) -> Self {
+        Self::full(data)
+    }
+}
+
+impl From<&'static str> for Body {
+    fn from(data: &'static str) -> Self {
+        Self::full(data)
+    }
+}
+
+impl fmt::Debug for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match &self.kind {
+            Kind::Empty => "Empty",
+            Kind::Full(_) => "Full",
+            Kind::Incoming(..) => "Incoming",
+            Kind::Boxed(_) => "Boxed",
+        };
+        f.debug_struct("Body")
+            .field("kind", &kind)
+            .field("size_hint", &self.size_hint())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Meter {
+    fn count(&self, bytes: usize) {
+        match self.side {
+            Side::Downstream => self.context.add_request_bytes(bytes as u64),
+            Side::Upstream => self.context.add_response_bytes(bytes as u64),
+        }
+    }
+}
+
+struct Both(Box<dyn BodyHook>, Box<dyn BodyHook>);
+
+impl BodyHook for Both {
+    fn on_data(&mut self, data: &Bytes) {
+        self.0.on_data(data);
+        self.1.on_data(data);
+    }
+
+    fn on_trailers(&mut self, trailers: &mut HeaderMap) {
+        self.0.on_trailers(trailers);
+        self.1.on_trailers(trailers);
+    }
+
+    fn on_end(&mut self, end: EndOfBody<'_>) {
+        let again = match &end {
+            EndOfBody::Complete => EndOfBody::Complete,
+            EndOfBody::Failed(error) => EndOfBody::Failed(error),
+            EndOfBody::Dropped => EndOfBody::Dropped,
+        };
+        self.0.on_end(again);
+        self.1.on_end(end);
+    }
+}
+
+fn read_error(error: hyper::Error, side: Side) -> Error {
+    match side {
+        Side::Downstream => Error::new(
+            ErrorKind::DownstreamReset,
+            StatusCode::BAD_REQUEST,
+            ResponseFlags::DOWNSTREAM_CONNECTION_TERMINATION,
+            "downstream_remote_disconnect",
+        ),
+        Side::Upstream => Error::new(
+            ErrorKind::UpstreamReset,
+            StatusCode::SERVICE_UNAVAILABLE,
+            ResponseFlags::UPSTREAM_CONNECTION_TERMINATION,
+            "upstream_reset_after_response_started{connection_termination}",
+        ),
+    }
+    .with_source(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::Mutex;
+
+    use http_body_util::BodyExt as _;
+
+    use super::*;
+    use crate::conn::{ConnInfo, Direction};
+
+    #[derive(Clone, Default)]
+    struct Record(Arc<Mutex<Vec<String>>>);
+
+    impl BodyHook for Record {
+        fn on_data(&mut self, data: &Bytes) {
+            self.0.lock().unwrap().push(format!("data {}", data.len()));
+        }
+
+        fn on_end(&mut self, end: EndOfBody<'_>) {
+            let end = match end {
+                EndOfBody::Complete => "complete".to_owned(),
+                EndOfBody::Failed(error) => format!("failed {error}"),
+                EndOfBody::Dropped => "dropped".to_owned(),
+            };
+            self.0.lock().unwrap().push(end);
+        }
+    }
+
+    fn context() -> RequestContext {
+        RequestContext::new(Arc::new(ConnInfo::unknown(Direction::Outbound)), None, crate::clock::now())
+    }
+
+    #[tokio::test]
+    async fn hooks_hear_of_one_end() {
+        let (first, second) = (Record::default(), Record::default());
+        let cx = context();
+        let body = Body::full("hello")
+            .metered(cx.clone(), Side::Downstream)
+            .with_hook(first.clone())
+            .with_hook(second.clone());
+        assert_eq!(body.collect().await.unwrap().to_bytes(), "hello");
+        assert_eq!(*first.0.lock().unwrap(), ["data 5", "complete"]);
+        assert_eq!(*second.0.lock().unwrap(), ["data 5", "complete"]);
+        assert_eq!(cx.request_bytes(), 5);
+        assert_eq!(cx.response_bytes(), 0);
+    }
+
+    #[test]
+    fn a_dropped_body_says_so() {
+        let record = Record::default();
+        drop(Body::full("hello").with_hook(record.clone()));
+        assert_eq!(*record.0.lock().unwrap(), ["dropped"]);
+    }
+
+    #[test]
+    fn a_reader_that_stops_at_the_known_end_completes() {
+        let record = Record::default();
+        drop(Body::empty().with_hook(record.clone()));
+        assert_eq!(*record.0.lock().unwrap(), ["complete"]);
+    }
+
+    #[tokio::test]
+    async fn a_foreign_error_becomes_ours() {
+        let record = Record::default();
+        let failing =
+            http_body_util::StreamBody::new(futures_once(Err::<Frame<Bytes>, BoxError>("boom".into())));
+        let body = Body::new(failing).with_hook(record.clone());
+        assert!(body.collect().await.is_err());
+        assert_eq!(*record.0.lock().unwrap(), ["failed internal_error (500): boom"]);
+    }
+
+    fn futures_once<T>(item: T) -> impl futures_util::Stream<Item = T> {
+        futures_util::stream::iter([item])
+    }
+}

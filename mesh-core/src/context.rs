@@ -1,0 +1,269 @@
+//! The request context: what is known of one request, and the only insert into its extensions.
+//!
+//! Errors go up as [`Error`](crate::Error)s, but telemetry also has to count what never comes up: a client that
+//! left before the response, a body cut after its headers. So the context is an `Arc` of write-through cells.
+//! The edge makes it, every layer writes what it learns, telemetry keeps a clone and reads it once, at the end of
+//! the body or on drop.
+//!
+//! The counters and flags are atomics. The rest stands behind a mutex that only this request's own future takes;
+//! no other request or worker can hold it.
+
+use std::any::Any;
+use std::borrow::Cow;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use http::Extensions;
+
+use crate::conn::{ConnInfo, Direction};
+use crate::flags::ResponseFlags;
+use crate::snapshot::{Pinned, Snapshot};
+
+/// A route that was selected for a request and pinned to it. The type behind it belongs to the routing crate.
+pub trait PinnedRoute: Any + Send + Sync {
+    /// The name that logs and metrics show.
+    fn route_name(&self) -> &str;
+}
+
+/// What is known of one request. Cloning shares it.
+#[derive(Clone)]
+pub struct RequestContext(Arc<Cells>);
+
+struct Cells {
+    conn: Arc<ConnInfo>,
+    snapshot: Option<Pinned>,
+    received_at: Instant,
+    grpc: AtomicBool,
+    flags: AtomicU64,
+    attempts: AtomicU32,
+    request_bytes: AtomicU64,
+    response_bytes: AtomicU64,
+    learnt: Mutex<Learnt>,
+}
+
+#[derive(Default)]
+struct Learnt {
+    route: Option<Arc<dyn PinnedRoute>>,
+    details: Option<Cow<'static, str>>,
+    upstream: Option<UpstreamInfo>,
+    transport_failure: Option<Cow<'static, str>>,
+}
+
+/// Where the last attempt of a request went.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct UpstreamInfo {
+    /// The cluster, in istiod's format.
+    pub cluster: Arc<str>,
+    /// The endpoint; `None` until one was picked.
+    pub endpoint: Option<SocketAddr>,
+    /// Our end of the connection; `None` until there was one.
+    pub local: Option<SocketAddr>,
+}
+
+impl UpstreamInfo {
+    /// An attempt at `cluster`, with no endpoint yet.
+    #[must_use]
+    pub fn new(cluster: Arc<str>) -> Self {
+        Self { cluster, endpoint: None, local: None }
+    }
+}
+
+impl RequestContext {
+    /// A context for a request that arrived at `received_at` on `conn`, reading its models from `snapshot`.
+    #[must_use]
+    pub fn new(conn: Arc<ConnInfo>, snapshot: Option<Pinned>, received_at: Instant) -> Self {
+        Self(Arc::new(Cells {
+            conn,
+            snapshot,
+            received_at,
+            grpc: AtomicBool::new(false),
+            flags: AtomicU64::new(0),
+            attempts: AtomicU32::new(0),
+            request_bytes: AtomicU64::new(0),
+            response_bytes: AtomicU64::new(0),
+            learnt: Mutex::default(),
+        }))
+    }
+
+    /// The context of this request. A request that has none (a lone layer over a foreign server) gets one now, with
+    /// an unknown connection and no snapshot.
+    pub fn ensure(extensions: &mut Extensions, direction: Direction) -> Self {
+        if let Some(context) = extensions.get::<Self>() {
+            return context.clone();
+        }
+        let context = Self::new(Arc::new(ConnInfo::unknown(direction)), None, crate::clock::now());
+        extensions.insert(context.clone());
+        context
+    }
+
+    /// The connection.
+    #[must_use]
+    pub fn conn(&self) -> &Arc<ConnInfo> {
+        &self.0.conn
+    }
+
+    /// The snapshot that this request pinned when it arrived.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<&Snapshot> {
+        self.0.snapshot.as_deref().map(|pinned| &**pinned)
+    }
+
+    /// When the head of the request had been received.
+    #[must_use]
+    pub fn received_at(&self) -> Instant {
+        self.0.received_at
+    }
+
+    /// Whether local replies take gRPC's form. Set from the request's content type by the local reply layer.
+    #[must_use]
+    pub fn is_grpc(&self) -> bool {
+        self.0.grpc.load(Ordering::Relaxed)
+    }
+
+    /// Says that the request is gRPC.
+    pub fn set_grpc(&self, grpc: bool) {
+        self.0.grpc.store(grpc, Ordering::Relaxed);
+    }
+
+    /// The response flags so far.
+    #[must_use]
+    pub fn flags(&self) -> ResponseFlags {
+        ResponseFlags::from_bits(self.0.flags.load(Ordering::Relaxed))
+    }
+
+    /// Adds response flags.
+    pub fn add_flags(&self, flags: ResponseFlags) {
+        self.0.flags.fetch_or(flags.bits(), Ordering::Relaxed);
+    }
+
+    /// How often the request was sent upstream.
+    #[must_use]
+    pub fn attempts(&self) -> u32 {
+        self.0.attempts.load(Ordering::Relaxed)
+    }
+
+    /// Counts one attempt and returns its number, from 1.
+    pub fn count_attempt(&self) -> u32 {
+        self.0.attempts.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+    }
+
+    /// Bytes of request body that came from downstream so far.
+    #[must_use]
+    pub fn request_bytes(&self) -> u64 {
+        self.0.request_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of response body that went downstream so far.
+    #[must_use]
+    pub fn response_bytes(&self) -> u64 {
+        self.0.response_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn add_request_bytes(&self, bytes: u64) {
+        self.0.request_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_response_bytes(&self, bytes: u64) {
+        self.0.response_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Pins the route that was selected. A later selection replaces it.
+    pub fn pin_route(&self, route: Arc<dyn PinnedRoute>) {
+        self.learnt().route = Some(route);
+    }
+
+    /// The pinned route, if it is an `R`.
+    #[must_use]
+    pub fn route<R: PinnedRoute>(&self) -> Option<Arc<R>> {
+        let route: Arc<dyn PinnedRoute> = self.learnt().route.clone()?;
+        let route: Arc<dyn Any + Send + Sync> = route;
+        route.downcast().ok()
+    }
+
+    /// Reads the name of the pinned route.
+    pub fn with_route_name<T>(&self, read: impl FnOnce(Option<&str>) -> T) -> T {
+        read(self.learnt().route.as_deref().map(PinnedRoute::route_name))
+    }
+
+    /// The response code details, if any layer gave some. What comes from upstream is `via_upstream`.
+    #[must_use]
+    pub fn details(&self) -> Option<Cow<'static, str>> {
+        self.learnt().details.clone()
+    }
+
+    /// Sets the response code details; the last word counts.
+    pub fn set_details(&self, details: impl Into<Cow<'static, str>>) {
+        self.learnt().details = Some(details.into());
+    }
+
+    /// Where the last attempt went.
+    #[must_use]
+    pub fn upstream(&self) -> Option<UpstreamInfo> {
+        self.learnt().upstream.clone()
+    }
+
+    /// Says where the current attempt goes.
+    pub fn set_upstream(&self, upstream: UpstreamInfo) {
+        self.learnt().upstream = Some(upstream);
+    }
+
+    /// Why the transport to the upstream failed, if it did.
+    #[must_use]
+    pub fn transport_failure(&self) -> Option<Cow<'static, str>> {
+        self.learnt().transport_failure.clone()
+    }
+
+    /// Says why the transport to the upstream failed.
+    pub fn set_transport_failure(&self, reason: impl Into<Cow<'static, str>>) {
+        self.learnt().transport_failure = Some(reason.into());
+    }
+
+    fn learnt(&self) -> MutexGuard<'_, Learnt> {
+        self.0.learnt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for RequestContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestContext")
+            .field("conn", &self.0.conn)
+            .field("generation", &self.snapshot().map(Snapshot::generation))
+            .field("flags", &self.flags())
+            .field("attempts", &self.attempts())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Named(&'static str);
+
+    impl PinnedRoute for Named {
+        fn route_name(&self) -> &str {
+            self.0
+        }
+    }
+
+    #[test]
+    fn a_clone_sees_what_another_wrote() {
+        let mut extensions = Extensions::new();
+        let context = RequestContext::ensure(&mut extensions, Direction::Outbound);
+        let kept = context.clone();
+        context.add_flags(ResponseFlags::NO_ROUTE_FOUND);
+        context.set_details("route_not_found");
+        context.pin_route(Arc::new(Named("first")));
+        context.pin_route(Arc::new(Named("second")));
+        assert_eq!(kept.flags(), ResponseFlags::NO_ROUTE_FOUND);
+        assert_eq!(kept.details().as_deref(), Some("route_not_found"));
+        assert_eq!(kept.with_route_name(|name| name.map(str::to_owned)).as_deref(), Some("second"));
+        assert_eq!(kept.route::<Named>().map(|r| r.0), Some("second"));
+        let again = RequestContext::ensure(&mut extensions, Direction::Inbound);
+        assert_eq!(again.conn().direction, Direction::Outbound, "ensure keeps the context that is there");
+    }
+}

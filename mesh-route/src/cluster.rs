@@ -1,0 +1,173 @@
+//! What a cluster is: the compiled, immutable half.
+//!
+//! A [`Cluster`] says where a destination's endpoints come from and how to talk to them. It holds no runtime state:
+//! connections, in-flight counts and resolved addresses live in [`ClusterRuntime`](crate::runtime), keyed by the
+//! cluster's name, and survive a reload whose defining fields are equal. The compiler makes clusters, the registry
+//! attaches each to its runtime before the snapshot is published, and a route holds its clusters directly, so that
+//! no request looks a name up.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_core::{ClusterName, UpstreamTls};
+
+/// A cluster as configuration defines it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClusterSpec {
+    /// Its name, the key of its runtime state.
+    pub name: ClusterName,
+    /// Where its endpoints come from.
+    pub discovery: Discovery,
+    /// How an endpoint is picked.
+    pub balancer: BalancerKind,
+    /// The protocol spoken to its endpoints.
+    pub protocol: UpstreamProtocol,
+    /// How the transport to its endpoints is secured.
+    pub tls: UpstreamTls,
+    /// Limits and time-outs of its connections.
+    pub pool: PoolSettings,
+}
+
+/// Where the endpoints of a cluster come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Discovery {
+    /// A fixed list.
+    Static(Vec<EndpointSpec>),
+    /// Names that are resolved in the background; every record of every name is an endpoint.
+    StrictDns(Vec<DnsEndpoint>),
+    /// One name; new connections go to the first record of the last answer.
+    LogicalDns(DnsEndpoint),
+    /// The destination before the redirect; a request without one has no endpoint (503 `UH`).
+    OriginalDst,
+    /// The destination before the redirect, at this port of the loopback address or of the original address.
+    OriginalDstPort(u16),
+    /// Nothing: every request is answered 502, as Istio's BlackHoleCluster does.
+    BlackHole,
+}
+
+/// One endpoint with a known address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSpec {
+    /// Its address.
+    pub addr: SocketAddr,
+    /// Its share, relative to its siblings. Default 1; 0 takes no traffic.
+    pub weight: u32,
+    /// `region/zone/subzone`; empty when not known.
+    pub locality: Arc<str>,
+    /// Its labels, sorted by key.
+    pub labels: Arc<[(String, String)]>,
+}
+
+impl EndpointSpec {
+    /// An endpoint of weight 1 without locality and labels.
+    #[must_use]
+    pub fn new(addr: SocketAddr) -> Self {
+        Self { addr, weight: 1, locality: Arc::from(""), labels: Arc::from([]) }
+    }
+}
+
+/// One endpoint whose name is resolved in the background.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DnsEndpoint {
+    /// The name, or an address in text form.
+    pub host: Arc<str>,
+    /// The port.
+    pub port: u16,
+    /// The share of each of its addresses.
+    pub weight: u32,
+    /// `region/zone/subzone`; empty when not known.
+    pub locality: Arc<str>,
+}
+
+/// How an endpoint is picked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BalancerKind {
+    /// The less loaded of two random ones, by requests in flight and weight.
+    #[default]
+    LeastRequest,
+    /// In turn, by weight.
+    RoundRobin,
+    /// At random, by weight.
+    Random,
+    /// The destination before the redirect.
+    Passthrough,
+}
+
+/// The protocol spoken to the endpoints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum UpstreamProtocol {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2 with prior knowledge.
+    Http2,
+    /// What the downstream spoke.
+    Downstream,
+}
+
+/// Limits and time-outs of a cluster's connections: DestinationRule's `connectionPool`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolSettings {
+    /// Connections per cluster and proxy. Default 2³²−1.
+    pub max_connections: u32,
+    /// Time for a connection to be made. Default 10 s.
+    pub connect_timeout: Duration,
+    /// Requests that wait for a connection, h2 included. Default 2³²−1.
+    pub max_pending_requests: u32,
+    /// Requests in flight, h1 included. Default 2³²−1.
+    pub max_requests: u32,
+    /// Requests after which a connection is closed; `None` is no limit.
+    pub max_requests_per_connection: Option<u32>,
+    /// Streams per h2 connection. Default 2³¹−1.
+    pub max_concurrent_streams: u32,
+    /// How long a connection may be without a request; `None` is for ever. Default 1 h.
+    pub idle_timeout: Option<Duration>,
+    /// How long a connection may live; `None` is for ever, the default.
+    pub max_connection_duration: Option<Duration>,
+    /// TCP keep-alive of the connections; `None` leaves it off, the default.
+    pub tcp_keepalive: Option<TcpKeepalive>,
+}
+
+/// TCP keep-alive; an unset part is the operating system's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct TcpKeepalive {
+    /// Probes without an answer after which the connection is dead.
+    pub probes: Option<u32>,
+    /// Idle time before the first probe.
+    pub time: Option<Duration>,
+    /// Time between probes.
+    pub interval: Option<Duration>,
+}
+
+impl Default for PoolSettings {
+    fn default() -> Self {
+        Self {
+            max_connections: u32::MAX,
+            connect_timeout: Duration::from_secs(10),
+            max_pending_requests: u32::MAX,
+            max_requests: u32::MAX,
+            max_requests_per_connection: None,
+            max_concurrent_streams: (1 << 31) - 1,
+            idle_timeout: Some(Duration::from_secs(3600)),
+            max_connection_duration: None,
+            tcp_keepalive: None,
+        }
+    }
+}
+
+impl ClusterSpec {
+    /// A cluster with the defaults of every other field.
+    #[must_use]
+    pub fn new(name: ClusterName, discovery: Discovery) -> Self {
+        Self {
+            name,
+            discovery,
+            balancer: BalancerKind::default(),
+            protocol: UpstreamProtocol::default(),
+            tls: UpstreamTls::default(),
+            pool: PoolSettings::default(),
+        }
+    }
+}
