@@ -1,1 +1,12 @@
 //! One plain struct file per kind.
+//!
+//! The structs hold what the protobuf messages hold, under the same names, and nothing else: no defaults are filled
+//! in, no short host is expanded. [`Option`] stands where Istio tells "absent" from "zero"; a oneof is several
+//! `Option`s of which a validator allows one. Field names are accepted in camelCase and snake_case by the loader,
+//! and unknown fields are reported by it, so that no struct needs an attribute for either.
+//!
+//! The variants of an enum are listed in the order of their protobuf numbers, since protobuf's JSON form allows the
+//! number in place of the name.
+
+pub mod check;
+pub mod common;
