@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use http::Extensions;
+use http::{Extensions, HeaderValue, Uri};
 
 use crate::conn::{ConnInfo, Direction};
 use crate::flags::ResponseFlags;
@@ -50,6 +50,18 @@ struct Learnt {
     details: Option<Cow<'static, str>>,
     upstream: Option<UpstreamInfo>,
     transport_failure: Option<Cow<'static, str>>,
+    normalized: Option<Normalized>,
+}
+
+/// The request as the edge made it: what routing, policy and telemetry all read.
+#[derive(Clone, Debug, Default)]
+pub struct Normalized {
+    /// Authority, normalised path and query.
+    pub uri: Uri,
+    /// `x-request-id`, generated when there was none to trust.
+    pub request_id: Option<HeaderValue>,
+    /// `x-forwarded-for`, the peer appended.
+    pub forwarded_for: Option<HeaderValue>,
 }
 
 /// Where the last attempt of a request went.
@@ -220,6 +232,17 @@ impl RequestContext {
     /// Says why the transport to the upstream failed.
     pub fn set_transport_failure(&self, reason: impl Into<Cow<'static, str>>) {
         self.learnt().transport_failure = Some(reason.into());
+    }
+
+    /// The request as the edge made it; `None` until it did.
+    #[must_use]
+    pub fn normalized(&self) -> Option<Normalized> {
+        self.learnt().normalized.clone()
+    }
+
+    /// Keeps the request as the edge made it, for the telemetry that stands above the edge.
+    pub fn set_normalized(&self, normalized: Normalized) {
+        self.learnt().normalized = Some(normalized);
     }
 
     fn learnt(&self) -> MutexGuard<'_, Learnt> {

@@ -18,7 +18,7 @@ mod upstream;
 pub use body::{Body, BodyHook, EndOfBody, Side};
 pub use compat::{Compat, UnknownCompat};
 pub use conn::{ConnInfo, Direction};
-pub use context::{PinnedRoute, RequestContext, UpstreamInfo};
+pub use context::{Normalized, PinnedRoute, RequestContext, UpstreamInfo};
 pub use error::{BoxError, Error, ErrorKind};
 pub use flags::ResponseFlags;
 pub use snapshot::{Pinned, Slot, Snapshot, Snapshots};

@@ -1,0 +1,16 @@
+//! The access log: one line per request, in Istio's default text format (TE-06).
+//!
+//! The layer stands outermost, because only there are local replies, clients that left and bodies that were cut
+//! seen. It captures what the client sent, keeps a clone of the [`RequestContext`](mesh_core::RequestContext), and
+//! writes its line once: at the end of the response **body**, or when the request is dropped without a response
+//! (code 0, flag `DC`).
+//!
+//! Telemetry fails open. A line goes into a bounded queue; when the sink cannot keep up, lines are dropped and
+//! counted, and no request waits.
+
+mod entry;
+mod layer;
+mod sink;
+
+pub use layer::{AccessLog, AccessLogLayer, ResponseFuture};
+pub use sink::{AccessLogSink, Writer};
