@@ -8,6 +8,7 @@
 //! end, be it whole, failed or dropped; guards (permits, in-flight counts, a leased connection) live in hooks, so
 //! that a cancel at any await leaves the counters exact.
 
+use std::any::Any;
 use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -98,12 +99,18 @@ impl Body {
         Self::of(Kind::Incoming(incoming, side))
     }
 
-    /// A foreign body, boxed once.
+    /// A foreign body, boxed once. A [`Body`] passes as it is.
     pub fn new<B>(body: B) -> Self
     where
         B: HttpBody<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
     {
+        let mut body = Some(body);
+        if let Some(ours) = (&mut body as &mut dyn Any).downcast_mut::<Option<Self>>().and_then(Option::take)
+        {
+            return ours;
+        }
+        let Some(body) = body else { return Self::empty() };
         if body.is_end_stream() {
             return Self::empty();
         }

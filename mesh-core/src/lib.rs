@@ -12,6 +12,8 @@ mod error;
 mod flags;
 #[cfg(feature = "istio")]
 pub mod istio;
+pub mod local_reply;
+pub mod panic;
 mod snapshot;
 mod upstream;
 
@@ -21,5 +23,7 @@ pub use conn::{ConnInfo, Direction};
 pub use context::{Normalized, PinnedRoute, RequestContext, UpstreamInfo};
 pub use error::{BoxError, Error, ErrorKind};
 pub use flags::ResponseFlags;
+pub use local_reply::{LocalReply, LocalReplyLayer};
+pub use panic::{CatchPanic, CatchPanicLayer, Panics};
 pub use snapshot::{Pinned, Slot, Snapshot, Snapshots};
 pub use upstream::{ClusterName, ConnectTarget, UpstreamTls};
