@@ -3,6 +3,7 @@
 //! A validator never stops at its first finding. It walks the resource with [`Findings::within`], so that each
 //! finding carries the whole path (`spec.http[2].route[0].weight`); the loader adds the position in the file.
 
+use std::collections::BTreeMap;
 use std::fmt::{Display, Write as _};
 
 use crate::diagnostics::Severity;
@@ -18,9 +19,24 @@ pub struct Finding {
     pub message: String,
 }
 
+/// What a validator may know of the document around the resource: some rules speak of the name (a Gateway's is a DNS
+/// label), of the namespace (`exportTo`) or of annotations (`istio.io/dry-run`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Subject {
+    /// `metadata.name`.
+    pub name: String,
+    /// `metadata.namespace`, or the namespace that a document without one belongs to.
+    pub namespace: String,
+    /// `metadata.labels`.
+    pub labels: BTreeMap<String, String>,
+    /// `metadata.annotations`.
+    pub annotations: BTreeMap<String, String>,
+}
+
 /// The findings of one resource, in the order in which they were made.
 #[derive(Clone, Debug, Default)]
 pub struct Findings {
+    subject: Subject,
     prefix: String,
     items: Vec<Finding>,
 }
@@ -29,7 +45,27 @@ impl Findings {
     /// An empty list whose paths begin with `prefix` (`spec`).
     #[must_use]
     pub fn new(prefix: impl Into<String>) -> Self {
-        Self { prefix: prefix.into(), items: Vec::new() }
+        Self { prefix: prefix.into(), ..Self::default() }
+    }
+
+    /// An empty list for the resource that `subject` describes, whose paths begin with `prefix` (`spec`).
+    #[must_use]
+    pub fn about(subject: Subject, prefix: impl Into<String>) -> Self {
+        Self { subject, prefix: prefix.into(), items: Vec::new() }
+    }
+
+    /// The document that is judged.
+    #[must_use]
+    pub const fn subject(&self) -> &Subject {
+        &self.subject
+    }
+
+    /// Runs `f` with `path` in place of the current path, for the rules about `metadata`.
+    pub fn at_root<R>(&mut self, path: impl Into<String>, f: impl FnOnce(&mut Self) -> R) -> R {
+        let before = std::mem::replace(&mut self.prefix, path.into());
+        let result = f(self);
+        self.prefix = before;
+        result
     }
 
     /// Records an error at `field` below the current path (`""` is the current path itself).
