@@ -1,0 +1,279 @@
+//! The command line of both binaries: a contract that scripts rely on.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser};
+use mesh_core::Compat;
+use mesh_core::config::{CompileContext, Role, Workload};
+
+/// Where the outbound listener binds when it is not told.
+pub const OUTBOUND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15001);
+/// Where an inbound listener binds when only its application is told.
+pub const INBOUND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15006);
+/// Where the application listens when only the inbound listener is told.
+pub const APP: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+
+/// A service mesh sidecar: enforces Istio's YAML on the requests of one workload.
+///
+/// Without --config it runs a demo: an in-process Bookinfo whose reviews are split 90/10 between v1 and v3.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "sidecar", version, max_term_width = 110)]
+pub struct Sidecar {
+    /// Client side: where the workload sends its requests
+    #[arg(long, value_name = "ADDR", default_value_t = OUTBOUND)]
+    pub outbound: SocketAddr,
+
+    /// Server side: where requests for the workload arrive; repeatable, in pairs with --app [default: 127.0.0.1:15006
+    /// when --app is given]
+    #[arg(long, value_name = "ADDR")]
+    pub inbound: Vec<SocketAddr>,
+
+    /// Server side: where the application listens; repeatable, in pairs with --inbound [default: 127.0.0.1:8080 when
+    /// --inbound is given]
+    #[arg(long, value_name = "ADDR")]
+    pub app: Vec<SocketAddr>,
+
+    /// Run the embedded demo (what happens without any --config)
+    #[arg(long)]
+    pub demo: bool,
+
+    /// What both binaries take.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// A service mesh gateway: serves the Gateway resources that select it.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "gateway", version, max_term_width = 110)]
+pub struct Gateway {
+    /// The address that every server binds
+    #[arg(long, value_name = "IP", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED))]
+    pub bind: IpAddr,
+
+    /// Bind another port than the one that the Gateway names; repeatable
+    #[arg(long, value_name = "80=8080", value_parser = parse_port_mapping)]
+    pub map_port: Vec<(u16, u16)>,
+
+    /// What both binaries take.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// What both binaries take.
+#[derive(Clone, Debug, Args)]
+pub struct Common {
+    /// YAML file or directory (recursive, in name order), '-' is stdin; repeatable; watched for changes
+    #[arg(long, value_name = "PATH")]
+    pub config: Vec<PathBuf>,
+
+    /// MeshConfig as istiod takes it [default: key "mesh" of a ConfigMap "istio" among --config, else Istio's defaults]
+    #[arg(long, value_name = "PATH")]
+    pub mesh_config: Option<PathBuf>,
+
+    /// Admin endpoints: /ready /config_dump /clusters /listeners /server_info /explain
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15000")]
+    pub admin: SocketAddr,
+
+    /// Also serve /stats/prometheus here (Istio's 15090)
+    #[arg(long, value_name = "ADDR")]
+    pub prometheus: Option<SocketAddr>,
+
+    /// Also serve /healthz/ready and /stats/prometheus here (Istio's 15020)
+    #[arg(long, value_name = "ADDR")]
+    pub status: Option<SocketAddr>,
+
+    /// Also serve /healthz/ready here (Istio's 15021)
+    #[arg(long, value_name = "ADDR")]
+    pub health: Option<SocketAddr>,
+
+    /// Compile the configuration, print every diagnostic, exit 1 on any error
+    #[arg(long)]
+    pub check: bool,
+
+    /// Unknown fields are warnings, not errors
+    #[arg(long)]
+    pub lenient: bool,
+
+    /// Which Istio's semantics, where they changed: current or 1.1
+    #[arg(long, value_name = "VERSION", default_value_t)]
+    pub compat: Compat,
+
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub workers: Option<u16>,
+
+    /// How long listeners still accept after SIGTERM, while readiness fails
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    pub drain_time: Duration,
+
+    /// When after SIGTERM whatever is still open is cut
+    #[arg(long, value_name = "TIME", default_value = "45s", value_parser = humantime::parse_duration)]
+    pub drain_deadline: Duration,
+
+    /// One line per request in Istio's default text format; '-' is stdout [default: MeshConfig accessLogFile, else off]
+    #[arg(long, value_name = "PATH|-")]
+    pub access_log: Option<PathBuf>,
+
+    /// What is logged to stderr: error, warn, info, debug, trace, or tracing's filter syntax
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log: String,
+
+    /// The namespace of this workload, and of documents that name none
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    pub namespace: String,
+
+    /// The name of this workload
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub workload: String,
+
+    /// The service account of this workload
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    pub service_account: String,
+
+    /// The labels of this workload, which selectors look at [gateway default: istio=ingressgateway]
+    #[arg(long, value_name = "K=V,...", value_parser = parse_labels)]
+    pub labels: Option<Labels>,
+
+    /// The trust domain of this workload [default: MeshConfig trustDomain, else cluster.local]
+    #[arg(long, value_name = "NAME")]
+    pub trust_domain: Option<String>,
+
+    /// The DNS suffix of the cluster's services
+    #[arg(long, value_name = "NAME", default_value = "cluster.local")]
+    pub cluster_domain: String,
+}
+
+/// Labels as `k=v,...` gives them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Labels(pub BTreeMap<String, String>);
+
+impl Sidecar {
+    /// Whether the demo runs: asked for, or nothing else was.
+    #[must_use]
+    pub fn runs_demo(&self) -> bool {
+        self.demo || (self.common.config.is_empty() && self.inbound.is_empty() && self.app.is_empty())
+    }
+
+    /// The inbound listeners with their applications.
+    ///
+    /// # Errors
+    /// When there are several of one and not as many of the other.
+    pub fn inbound_pairs(&self) -> Result<Vec<(SocketAddr, SocketAddr)>, String> {
+        match (&self.inbound[..], &self.app[..]) {
+            ([], []) => Ok(Vec::new()),
+            ([inbound], []) => Ok(vec![(*inbound, APP)]),
+            ([], [app]) => Ok(vec![(INBOUND, *app)]),
+            (inbound, app) if inbound.len() == app.len() => {
+                Ok(inbound.iter().copied().zip(app.iter().copied()).collect())
+            }
+            (inbound, app) => Err(format!(
+                "--inbound and --app go in pairs: {} --inbound and {} --app were given",
+                inbound.len(),
+                app.len()
+            )),
+        }
+    }
+}
+
+impl Common {
+    /// Whom the configuration is compiled for.
+    #[must_use]
+    pub fn compile_context(&self, role: Role) -> CompileContext {
+        let mut cx = CompileContext::new(role);
+        let mut workload = Workload::default();
+        workload.name.clone_from(&self.workload);
+        workload.namespace.clone_from(&self.namespace);
+        workload.service_account.clone_from(&self.service_account);
+        workload.labels = match (&self.labels, role) {
+            (Some(labels), _) => labels.0.clone(),
+            (None, Role::Gateway) => BTreeMap::from([("istio".to_owned(), "ingressgateway".to_owned())]),
+            (None, Role::Sidecar) => BTreeMap::new(),
+        };
+        cx.workload = workload;
+        cx.compat = self.compat;
+        cx.cluster_domain.clone_from(&self.cluster_domain);
+        if let Some(trust_domain) = &self.trust_domain {
+            cx.trust_domain.clone_from(trust_domain);
+        }
+        cx
+    }
+
+    /// How many workers to run.
+    #[must_use]
+    pub fn worker_count(&self) -> usize {
+        self.workers.map_or_else(
+            || std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            usize::from,
+        )
+    }
+}
+
+fn parse_port_mapping(text: &str) -> Result<(u16, u16), String> {
+    let (from, to) = text.split_once('=').ok_or("expected GATEWAY_PORT=BIND_PORT, as 80=8080")?;
+    let port = |text: &str| text.parse::<u16>().map_err(|_| format!("`{text}` is not a port"));
+    match port(from)? {
+        0 => Err("a Gateway has no port 0".to_owned()),
+        from => Ok((from, port(to)?)),
+    }
+}
+
+fn parse_labels(text: &str) -> Result<Labels, String> {
+    text.split(',')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| match pair.split_once('=') {
+            Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+            _ => Err(format!("`{pair}` is not KEY=VALUE")),
+        })
+        .collect::<Result<_, _>>()
+        .map(Labels)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn sidecar(args: &[&str]) -> Sidecar {
+        Sidecar::try_parse_from(std::iter::once(&"sidecar").chain(args)).unwrap()
+    }
+
+    #[test]
+    fn the_command_lines_are_sound() {
+        Sidecar::command().debug_assert();
+        Gateway::command().debug_assert();
+    }
+
+    #[test]
+    fn nothing_asked_for_is_the_demo() {
+        assert!(sidecar(&[]).runs_demo());
+        assert!(sidecar(&["--demo", "--config", "a.yaml"]).runs_demo());
+        assert!(!sidecar(&["--config", "a.yaml"]).runs_demo());
+        assert!(!sidecar(&["--app", "127.0.0.1:80"]).runs_demo());
+    }
+
+    #[test]
+    fn inbound_and_app_go_in_pairs() {
+        let pairs = |args: &[&str]| sidecar(args).inbound_pairs();
+        assert_eq!(pairs(&[]), Ok(vec![]));
+        assert_eq!(pairs(&["--inbound", "127.0.0.1:1"]), Ok(vec![("127.0.0.1:1".parse().unwrap(), APP)]));
+        assert_eq!(pairs(&["--app", "127.0.0.1:2"]), Ok(vec![(INBOUND, "127.0.0.1:2".parse().unwrap())]));
+        assert!(pairs(&["--inbound", "127.0.0.1:1", "--inbound", "127.0.0.1:2", "--app", "127.0.0.1:3"]).is_err());
+    }
+
+    #[test]
+    fn a_gateway_is_the_ingress_gateway_unless_told() {
+        let gateway = Gateway::try_parse_from(["gateway", "--map-port", "80=8080"]).unwrap();
+        assert_eq!(gateway.map_port, [(80, 8080)]);
+        let cx = gateway.common.compile_context(Role::Gateway);
+        assert_eq!(cx.workload.labels["istio"], "ingressgateway");
+        let labelled = Gateway::try_parse_from(["gateway", "--labels", "a=b,c="]).unwrap();
+        let labels = labelled.common.compile_context(Role::Gateway).workload.labels;
+        assert_eq!(labels.into_iter().collect::<Vec<_>>(), [("a".into(), "b".into()), ("c".into(), String::new())]);
+        assert!(Gateway::try_parse_from(["gateway", "--map-port", "80"]).is_err());
+        assert!(Gateway::try_parse_from(["gateway", "--labels", "=x"]).is_err());
+    }
+}
