@@ -14,6 +14,7 @@ mod flags;
 pub mod istio;
 pub mod local_reply;
 pub mod panic;
+pub mod matcher;
 mod snapshot;
 mod upstream;
 

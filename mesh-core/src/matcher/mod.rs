@@ -1,0 +1,15 @@
+//! Matchers: compiled once when configuration is loaded, without allocation when they match.
+//!
+//! Every matcher prints itself as configuration would say it, so that `explain` names predicates in the user's words.
+
+mod cidr;
+mod header;
+mod host;
+mod query;
+mod string;
+
+pub use cidr::{CidrSet, InvalidCidr};
+pub use header::HeaderMatcher;
+pub use host::{DuplicateHost, HostMap};
+pub use query::QueryMatcher;
+pub use string::{InvalidPattern, StringMatcher};
