@@ -13,8 +13,8 @@ mod flags;
 #[cfg(feature = "istio")]
 pub mod istio;
 pub mod local_reply;
-pub mod panic;
 pub mod matcher;
+pub mod panic;
 mod snapshot;
 mod upstream;
 
