@@ -8,6 +8,7 @@ pub mod config;
 mod conn;
 mod context;
 pub mod diagnostics;
+mod documents;
 mod error;
 mod flags;
 #[cfg(feature = "istio")]

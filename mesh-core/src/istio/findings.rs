@@ -3,9 +3,9 @@
 //! A validator never stops at its first finding. It walks the resource with [`Findings::within`], so that each
 //! finding carries the whole path (`spec.http[2].route[0].weight`); the loader adds the position in the file.
 
-use std::collections::BTreeMap;
 use std::fmt::{Display, Write as _};
 
+use super::envelope::Metadata;
 use crate::diagnostics::Severity;
 
 /// One finding of a validator.
@@ -17,26 +17,14 @@ pub struct Finding {
     pub path: String,
     /// The reason, without the path.
     pub message: String,
-}
-
-/// What a validator may know of the document around the resource: some rules speak of the name (a Gateway's is a DNS
-/// label), of the namespace (`exportTo`) or of annotations (`istio.io/dry-run`).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Subject {
-    /// `metadata.name`.
-    pub name: String,
-    /// `metadata.namespace`, or the namespace that a document without one belongs to.
-    pub namespace: String,
-    /// `metadata.labels`.
-    pub labels: BTreeMap<String, String>,
-    /// `metadata.annotations`.
-    pub annotations: BTreeMap<String, String>,
+    /// Istio's analysis code (`IST0106`), where Istio has one for it.
+    pub code: Option<&'static str>,
 }
 
 /// The findings of one resource, in the order in which they were made.
 #[derive(Clone, Debug, Default)]
 pub struct Findings {
-    subject: Subject,
+    subject: Metadata,
     prefix: String,
     items: Vec<Finding>,
 }
@@ -48,15 +36,15 @@ impl Findings {
         Self { prefix: prefix.into(), ..Self::default() }
     }
 
-    /// An empty list for the resource that `subject` describes, whose paths begin with `prefix` (`spec`).
+    /// An empty list for the resource that `subject` names, whose paths begin with `prefix` (`spec`).
     #[must_use]
-    pub fn about(subject: Subject, prefix: impl Into<String>) -> Self {
+    pub fn about(subject: Metadata, prefix: impl Into<String>) -> Self {
         Self { subject, prefix: prefix.into(), items: Vec::new() }
     }
 
-    /// The document that is judged.
+    /// The resource that is judged: some rules speak of its name, its namespace or its annotations.
     #[must_use]
-    pub const fn subject(&self) -> &Subject {
+    pub const fn subject(&self) -> &Metadata {
         &self.subject
     }
 
@@ -70,12 +58,17 @@ impl Findings {
 
     /// Records an error at `field` below the current path (`""` is the current path itself).
     pub fn error(&mut self, field: &str, message: impl Into<String>) {
-        self.push(Severity::Error, field, message.into());
+        self.push(Severity::Error, field, message.into(), None);
     }
 
     /// Records a warning at `field` below the current path (`""` is the current path itself).
     pub fn warning(&mut self, field: &str, message: impl Into<String>) {
-        self.push(Severity::Warning, field, message.into());
+        self.push(Severity::Warning, field, message.into(), None);
+    }
+
+    /// Records a warning under one of Istio's analysis codes.
+    pub fn warning_code(&mut self, field: &str, message: impl Into<String>, code: &'static str) {
+        self.push(Severity::Warning, field, message.into(), Some(code));
     }
 
     /// Runs `f` with `.field` appended to the current path.
@@ -113,10 +106,10 @@ impl Findings {
         result
     }
 
-    fn push(&mut self, severity: Severity, field: &str, message: String) {
+    fn push(&mut self, severity: Severity, field: &str, message: String, code: Option<&'static str>) {
         let mut path = self.prefix.clone();
         join(&mut path, field);
-        self.items.push(Finding { severity, path, message });
+        self.items.push(Finding { severity, path, message, code });
     }
 }
 

@@ -338,8 +338,7 @@ pub fn header_name(name: &str) -> Checked {
     if name.is_empty() {
         return Err("a header name must not be empty".to_owned());
     }
-    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' || byte == b'.')
-    {
+    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_') {
         return Err(format!("header name {name:?} is not a valid header name"));
     }
     Ok(())
@@ -375,7 +374,9 @@ pub fn export_to(out: &mut Findings, field: &str, export_to: &[String], namespac
             }
         }
     }
-    if kind == ExportToOf::DestinationRuleWithSelector && export_to.iter().any(|entry| entry != ".") {
+    if kind == ExportToOf::DestinationRuleWithSelector
+        && export_to.iter().any(|entry| entry != "." && entry != namespace)
+    {
         out.error(field, "a destination rule with a workload selector can only be exported to \".\"");
     }
     if export_to.len() > 1 && seen.contains_key("*") {

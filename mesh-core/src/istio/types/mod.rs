@@ -10,3 +10,5 @@
 
 pub mod check;
 pub mod common;
+pub mod destination_rule;
+pub mod virtual_service;
