@@ -91,8 +91,7 @@ impl Documents {
     pub fn position(&self, doc: DocId, path: &str) -> Option<Position> {
         let document = self.document(doc)?;
         let mut at = document.nodes.start;
-        let mut steps = Steps(path);
-        while let Some(step) = steps.next() {
+        for step in Steps(path) {
             match self.children(at).find(|child| self.is_step(*child, &step)) {
                 Some(child) => at = child,
                 None => break,

@@ -113,7 +113,7 @@ pub(super) fn metadata(document: &Node, default_namespace: &str, problems: &mut 
     match text(node, "name", problems).or_else(|| text(node, "generateName", problems)) {
         Some(name) => meta.name = name,
         None if node.get("name").is_none() => {
-            problems.push(problem(node, "metadata.name", "a resource needs a name"))
+            problems.push(problem(node, "metadata.name", "a resource needs a name"));
         }
         None => {}
     }

@@ -140,7 +140,7 @@ pub fn dns1123_label(label: &str) -> Checked {
 /// Empty, too long, a numeric top level or a label that is not one.
 pub fn fqdn(name: &str) -> Checked {
     domain_length(name)?;
-    dns_labels(name)
+    dns_labels(name, name)
 }
 
 /// A domain name whose first label may be `*`, or begin with `*` or `*-`.
@@ -153,7 +153,7 @@ pub fn wildcard_domain(name: &str) -> Checked {
     if !is_wildcard_label(first) {
         return Err(format!("domain name {name:?} invalid (label {first:?} invalid)"));
     }
-    rest.map_or(Ok(()), dns_labels)
+    rest.map_or(Ok(()), |rest| dns_labels(name, rest))
 }
 
 /// Whether `label` is a DNS label, `*`, or a DNS label after `*` or `*-`.
@@ -179,12 +179,13 @@ fn domain_length(name: &str) -> Checked {
     Ok(())
 }
 
-fn dns_labels(name: &str) -> Checked {
-    let last = name.rsplit('.').next().unwrap_or(name);
+/// The labels of `rest`, which is `name` or what follows its first label.
+fn dns_labels(name: &str, rest: &str) -> Checked {
+    let last = rest.rsplit('.').next().unwrap_or(rest);
     if !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(format!("domain name {name:?} invalid (top level {last:?} must not be all digits)"));
     }
-    let labels = name.strip_suffix('.').unwrap_or(name);
+    let labels = rest.strip_suffix('.').unwrap_or(rest);
     match labels.split('.').find(|label| !is_dns1123_label(label)) {
         Some(label) => Err(format!("domain name {name:?} invalid (label {label:?} invalid)")),
         None => Ok(()),

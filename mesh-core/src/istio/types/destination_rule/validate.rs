@@ -173,7 +173,7 @@ fn percentage(out: &mut Findings, field: &str, percent: Option<Percent>) {
         && !(0.0..=100.0).contains(&value)
     {
         out.within(field, |out| {
-            out.error("value", format!("percentage {value} must be in the range 0..100"))
+            out.error("value", format!("percentage {value} must be in the range 0..100"));
         });
     }
 }
@@ -385,7 +385,8 @@ impl Validate for ConsistentHashLb {
 /// For numbers below [`MAX_MAGLEV_TABLE`]; 1 counts, as it does for Envoy.
 fn is_prime(number: u64) -> bool {
     number < 4
-        || (number % 2 == 1 && (3..).step_by(2).take_while(|f| f * f <= number).all(|f| number % f != 0))
+        || (number % 2 == 1
+            && (3..).step_by(2).take_while(|f| f * f <= number).all(|f| !number.is_multiple_of(f)))
 }
 
 const TOPOLOGY_LABELS: [&str; 3] =

@@ -78,8 +78,8 @@ fn actions(out: &mut Findings, route: &HttpRoute, in_delegate: bool) {
             out.error("delegate", "a delegate must not delegate further");
         } else {
             conflict(out, "delegate", &[redirects, forwards, responds]);
-            return;
         }
+        return;
     }
     if route.redirect.is_some() {
         conflict(out, "redirect", &[forwards, faults, rewrites, responds]);
