@@ -74,6 +74,8 @@ pub trait BodyHook: Send {
 struct Meter {
     context: RequestContext,
     side: Side,
+    /// What is still to come, when the length is known.
+    left: Option<u64>,
 }
 
 impl Body {
@@ -118,10 +120,18 @@ impl Body {
     }
 
     /// Counts the bytes of this body into `context`, as request bytes for [`Side::Downstream`] and as response
-    /// bytes for [`Side::Upstream`].
+    /// bytes for [`Side::Upstream`]. The flags of an error that ends it are added too, and `DC` when a response
+    /// body is dropped before its end: whoever was to receive it is gone.
     #[must_use]
-    pub fn metered(mut self, context: RequestContext, side: Side) -> Self {
-        self.meter = Some(Meter { context, side });
+    pub fn metered(self, context: RequestContext, side: Side) -> Self {
+        let length = self.size_hint().exact();
+        self.metered_for(context, side, length)
+    }
+
+    /// [`Body::metered`] for a reader that stops after `length` bytes.
+    #[must_use]
+    pub(crate) fn metered_for(mut self, context: RequestContext, side: Side, length: Option<u64>) -> Self {
+        self.meter = Some(Meter { context, side, left: length });
         self
     }
 
@@ -141,6 +151,14 @@ impl Body {
     }
 
     fn end(&mut self, end: EndOfBody<'_>) {
+        if let Some(meter) = self.meter.take() {
+            match &end {
+                EndOfBody::Complete => {}
+                EndOfBody::Failed(error) => meter.context.add_flags(error.flags()),
+                EndOfBody::Dropped if meter.side == Side::Upstream => meter.context.downstream_left(),
+                EndOfBody::Dropped => {}
+            }
+        }
         if let Some(mut hook) = self.hook.take() {
             hook.on_end(end);
         }
@@ -166,7 +184,7 @@ impl HttpBody for Body {
         Poll::Ready(match frame {
             Some(Ok(mut frame)) => {
                 if let Some(data) = frame.data_ref() {
-                    if let Some(meter) = &this.meter {
+                    if let Some(meter) = &mut this.meter {
                         meter.count(data.len());
                     }
                     if let Some(hook) = &mut this.hook {
@@ -212,10 +230,11 @@ impl HttpBody for Body {
 
 impl Drop for Body {
     fn drop(&mut self) {
-        if self.hook.is_some() {
+        if self.hook.is_some() || self.meter.is_some() {
             // A reader that knows the length does not ask for the end, it stops.
-            let end = if self.is_end_stream() { EndOfBody::Complete } else { EndOfBody::Dropped };
-            self.end(end);
+            let whole =
+                self.is_end_stream() || self.meter.as_ref().is_some_and(|meter| meter.left == Some(0));
+            self.end(if whole { EndOfBody::Complete } else { EndOfBody::Dropped });
         }
     }
 }
@@ -260,7 +279,8 @@ impl fmt::Debug for Body {
 }
 
 impl Meter {
-    fn count(&self, bytes: usize) {
+    fn count(&mut self, bytes: usize) {
+        self.left = self.left.map(|left| left.saturating_sub(bytes as u64));
         match self.side {
             Side::Downstream => self.context.add_request_bytes(bytes as u64),
             Side::Upstream => self.context.add_response_bytes(bytes as u64),

@@ -19,7 +19,9 @@ use std::time::Instant;
 use http::{Extensions, HeaderValue, Uri};
 
 use crate::conn::{ConnInfo, Direction};
+use crate::drain::Phase;
 use crate::flags::ResponseFlags;
+use crate::server::connection::InFlight;
 use crate::snapshot::{Pinned, Snapshot};
 
 /// A route that was selected for a request and pinned to it. The type behind it belongs to the routing crate.
@@ -34,6 +36,8 @@ pub struct RequestContext(Arc<Cells>);
 
 struct Cells {
     conn: Arc<ConnInfo>,
+    /// Keeps the request counted on its connection; `None` behind a foreign server.
+    in_flight: Option<InFlight>,
     snapshot: Option<Pinned>,
     received_at: Instant,
     grpc: AtomicBool,
@@ -88,8 +92,24 @@ impl RequestContext {
     /// A context for a request that arrived at `received_at` on `conn`, reading its models from `snapshot`.
     #[must_use]
     pub fn new(conn: Arc<ConnInfo>, snapshot: Option<Pinned>, received_at: Instant) -> Self {
+        Self::make(conn, None, snapshot, received_at)
+    }
+
+    /// A context for a request on a connection of our own server.
+    pub(crate) fn on_connection(in_flight: InFlight, snapshot: Option<Pinned>, received_at: Instant) -> Self {
+        let conn = Arc::clone(in_flight.connection().info());
+        Self::make(conn, Some(in_flight), snapshot, received_at)
+    }
+
+    fn make(
+        conn: Arc<ConnInfo>,
+        in_flight: Option<InFlight>,
+        snapshot: Option<Pinned>,
+        received_at: Instant,
+    ) -> Self {
         Self(Arc::new(Cells {
             conn,
+            in_flight,
             snapshot,
             received_at,
             grpc: AtomicBool::new(false),
@@ -116,6 +136,29 @@ impl RequestContext {
     #[must_use]
     pub fn conn(&self) -> &Arc<ConnInfo> {
         &self.0.conn
+    }
+
+    /// How far the drain of this request's connection is; [`Phase::Serving`] behind a foreign server.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.0.in_flight.as_ref().map_or(Phase::Serving, |in_flight| in_flight.connection().phase())
+    }
+
+    /// Waits until this request's connection is to be cut: the end of a drain. What outlives the HTTP exchange (a
+    /// tunnel) ends itself then. Never completes behind a foreign server.
+    pub async fn cut(&self) {
+        match &self.0.in_flight {
+            Some(in_flight) => in_flight.connection().cut().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Notes that whoever was to receive the response is gone, or was cut off by the end of a drain.
+    pub(crate) fn downstream_left(&self) {
+        self.add_flags(ResponseFlags::DOWNSTREAM_CONNECTION_TERMINATION);
+        if self.phase() == Phase::Cut {
+            self.add_flags(ResponseFlags::STREAM_IDLE_TIMEOUT);
+        }
     }
 
     /// The snapshot that this request pinned when it arrived.

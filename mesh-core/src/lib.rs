@@ -9,13 +9,16 @@ mod conn;
 mod context;
 pub mod diagnostics;
 mod documents;
+mod drain;
 mod error;
 mod flags;
 #[cfg(feature = "istio")]
 pub mod istio;
+mod listener;
 pub mod local_reply;
 pub mod matcher;
 pub mod panic;
+pub mod server;
 mod snapshot;
 mod upstream;
 
