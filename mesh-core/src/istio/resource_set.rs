@@ -209,12 +209,16 @@ impl<'o> Loader<'o> {
             Ok(text) => text,
             Err(problem) => return self.error(&file.name, None, problem),
         };
-        let parsed = yaml::parse(text);
-        for problem in parsed.problems {
-            self.error(&file.name, None, problem);
-        }
-        for document in &parsed.documents {
-            self.document(&file.name, document);
+        let mut reader = yaml::Reader::new(text);
+        loop {
+            let document = reader.document();
+            for problem in reader.problems() {
+                self.error(&file.name, None, problem);
+            }
+            match document {
+                Some(document) => self.document(&file.name, &document),
+                None => break,
+            }
         }
     }
 

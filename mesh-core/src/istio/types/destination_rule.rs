@@ -15,7 +15,7 @@ pub struct DestinationRule {
     /// The service; a short name is completed by the namespace of the rule.
     pub host: String,
     /// For the whole service.
-    pub traffic_policy: Option<TrafficPolicy>,
+    pub traffic_policy: Option<Box<TrafficPolicy>>,
     /// Named parts of the service's endpoints.
     pub subsets: Vec<Subset>,
     /// Namespaces that see the resource; empty is all.
@@ -33,7 +33,7 @@ pub struct Subset {
     /// Labels that an endpoint must have.
     pub labels: BTreeMap<String, String>,
     /// Replaces the rule's policy block by block (DR-03).
-    pub traffic_policy: Option<TrafficPolicy>,
+    pub traffic_policy: Option<Box<TrafficPolicy>>,
 }
 
 /// How connections behave.

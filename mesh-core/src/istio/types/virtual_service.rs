@@ -38,19 +38,19 @@ pub struct HttpRoute {
     /// Weighted destinations.
     pub route: Vec<HttpRouteDestination>,
     /// Answers with a redirect.
-    pub redirect: Option<HttpRedirect>,
+    pub redirect: Option<Box<HttpRedirect>>,
     /// Answers with a fixed response.
     pub direct_response: Option<HttpDirectResponse>,
     /// Takes the rest of the route from another VirtualService.
     pub delegate: Option<Delegate>,
     /// Changes path or authority before forwarding.
-    pub rewrite: Option<HttpRewrite>,
+    pub rewrite: Option<Box<HttpRewrite>>,
     /// For the whole request with all retries; absent is none.
     pub timeout: Option<Duration>,
     /// Absent is the mesh's default.
     pub retries: Option<HttpRetry>,
     /// Injected delay and abort.
-    pub fault: Option<HttpFaultInjection>,
+    pub fault: Option<Box<HttpFaultInjection>>,
     /// A destination that gets a copy.
     pub mirror: Option<Destination>,
     /// The deprecated share of copies in whole percent.
@@ -60,9 +60,9 @@ pub struct HttpRoute {
     /// Several destinations that get copies.
     pub mirrors: Vec<HttpMirrorPolicy>,
     /// Cross-origin rules.
-    pub cors_policy: Option<CorsPolicy>,
+    pub cors_policy: Option<Box<CorsPolicy>>,
     /// Header operations for every destination.
-    pub headers: Option<Headers>,
+    pub headers: Option<Box<Headers>>,
 }
 
 /// A condition; all of its parts must hold (VS-M01 … VS-M15).
@@ -108,7 +108,7 @@ pub struct HttpRouteDestination {
     /// The share, relative to the sum of its siblings.
     pub weight: i32,
     /// Header operations for this destination.
-    pub headers: Option<Headers>,
+    pub headers: Option<Box<Headers>>,
 }
 
 /// A service, or a subset of it.

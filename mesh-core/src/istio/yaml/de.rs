@@ -45,7 +45,7 @@ pub(crate) fn read<T: DeserializeOwned>(node: &Node, path: &str, envelope: &[&st
     loop {
         let cx = Context { unknown: RefCell::default(), envelope };
         let root = Path::Root(path);
-        let result = T::deserialize(Reader { node, path: &root, cx: &cx });
+        let result = T::deserialize(NodeReader { node, path: &root, cx: &cx });
         let unknown = cx.unknown.into_inner();
         match result {
             Ok(value) => return Read { value: errors.is_empty().then_some(value), errors, unknown },
@@ -127,13 +127,13 @@ impl de::Error for Error {
 }
 
 #[derive(Clone, Copy)]
-struct Reader<'a> {
+struct NodeReader<'a> {
     node: &'a Node,
     path: &'a Path<'a>,
     cx: &'a Context<'a>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> NodeReader<'a> {
     fn mismatch(&self, expected: &str) -> Error {
         let mut message = format!("expected {expected}, found {}", describe(self.node));
         if expected == "a string"
@@ -205,7 +205,7 @@ fn describe(node: &Node) -> String {
     }
 }
 
-impl<'de> Deserializer<'de> for Reader<'_> {
+impl<'de> Deserializer<'de> for NodeReader<'_> {
     type Error = Error;
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -421,7 +421,7 @@ fn distance(a: &str, b: &str) -> usize {
 struct Items<'a> {
     items: &'a [Node],
     next: usize,
-    reader: Reader<'a>,
+    reader: NodeReader<'a>,
 }
 
 impl<'de> de::SeqAccess<'de> for Items<'_> {
@@ -435,7 +435,7 @@ impl<'de> de::SeqAccess<'de> for Items<'_> {
                 continue;
             }
             let path = Path::Item(self.reader.path, index);
-            let reader = Reader { node, path: &path, cx: self.reader.cx };
+            let reader = NodeReader { node, path: &path, cx: self.reader.cx };
             return match seed.deserialize(reader) {
                 Ok(value) => Ok(Some(value)),
                 Err(error) => Err(error.at(node, &path, node.line, node.column)),
@@ -454,7 +454,7 @@ struct Fields<'a> {
     next: usize,
     /// In a struct null is "absent"; in a map it is a value, and rarely a valid one.
     skip_null: bool,
-    reader: Reader<'a>,
+    reader: NodeReader<'a>,
 }
 
 impl<'de> de::MapAccess<'de> for Fields<'_> {
@@ -483,7 +483,7 @@ impl<'de> de::MapAccess<'de> for Fields<'_> {
         self.next += 1;
         let node = &entry.value;
         let path = Path::Field(self.reader.path, name);
-        seed.deserialize(Reader { node, path: &path, cx: self.reader.cx })
+        seed.deserialize(NodeReader { node, path: &path, cx: self.reader.cx })
             .map_err(|error| error.at(node, &path, node.line, node.column))
     }
 }
@@ -551,7 +551,7 @@ mod tests {
 
     use serde::Deserialize;
 
-    use super::super::tree::parse;
+    use super::super::tree::Reader;
     use super::*;
 
     #[derive(Debug, Default, PartialEq, Deserialize)]
@@ -577,9 +577,10 @@ mod tests {
     }
 
     fn sample(text: &str) -> Read<Sample> {
-        let parsed = parse(text);
-        assert_eq!(parsed.problems, []);
-        read(&parsed.documents[0], "spec", &[])
+        let mut reader = Reader::new(text);
+        let document = reader.document().unwrap();
+        assert_eq!(reader.problems(), []);
+        read(&document, "spec", &[])
     }
 
     fn lines(problems: &[Problem]) -> Vec<String> {
@@ -650,9 +651,10 @@ mod tests {
 
     #[test]
     fn broken_documents_do_not_hide_the_next() {
-        let parsed = parse("a: [1\n---\nb: {c: 1, c: 2}\n---\n# nothing\n---\nd: 1\n");
-        assert_eq!(parsed.documents.len(), 2);
-        assert_eq!(lines(&parsed.problems)[1], "3:11 b.c: duplicate key \"c\"");
-        assert!(lines(&parsed.problems)[0].contains("not valid YAML"), "{:?}", parsed.problems);
+        let mut reader = Reader::new("a: [1\n---\nb: {c: 1, c: 2}\n---\n# nothing\n---\nd: 1\n");
+        assert_eq!(std::iter::from_fn(|| reader.document()).count(), 2);
+        let found = lines(&reader.problems());
+        assert!(found[0].contains("not valid YAML"), "{found:?}");
+        assert_eq!(found[1], "3:11 b.c: duplicate key \"c\"");
     }
 }

@@ -16,4 +16,4 @@ mod de;
 mod tree;
 
 pub(crate) use de::{Problem, read};
-pub(crate) use tree::{Entry, Node, Value, parse};
+pub(crate) use tree::{Entry, Node, Reader, Value};

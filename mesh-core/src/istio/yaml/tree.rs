@@ -156,42 +156,50 @@ pub(crate) enum Number {
     Float(f64),
 }
 
-/// What a file holds.
-pub(crate) struct Parsed {
-    /// The documents that could be read, but for empty ones.
-    pub(crate) documents: Vec<Node>,
-    /// What could not, and duplicate keys.
-    pub(crate) problems: Vec<Problem>,
+/// The documents of a file, one after the other, so that only one tree is in memory at a time.
+pub(crate) struct Reader<'a> {
+    parser: Parser<'a, StrInput<'a>>,
+    builder: Builder,
+    broken: usize,
+    done: bool,
 }
 
-/// Parses every document of a file. A document with a syntax error is reported and left out; the next one is read.
-pub(crate) fn parse(text: &str) -> Parsed {
-    let options = granit_parser::options! {
-        emit_comments: false,
-        flow_nesting_limit: MAX_DEPTH,
-        block_nesting_limit: MAX_DEPTH,
-    };
-    let mut parser = Parser::new_from_str_with_options(text, options);
-    let mut builder = Builder::default();
-    let mut parsed = Parsed { documents: Vec::new(), problems: Vec::new() };
-    let mut broken = 0;
-    loop {
-        match builder.document(&mut parser) {
-            Ok(Some(document)) => parsed.documents.push(document),
-            Ok(None) => break,
-            Err(problem) => {
-                let path = builder.path();
-                builder.problems.push(Problem { path, ..problem });
-                broken += 1;
-                builder.reset();
-                if broken >= MAX_BROKEN_DOCUMENTS || !parser.proceed_next_document().unwrap_or(false) {
-                    break;
+impl<'a> Reader<'a> {
+    /// A reader of the documents in `text`.
+    pub(crate) fn new(text: &'a str) -> Self {
+        let options = granit_parser::options! {
+            emit_comments: false,
+            flow_nesting_limit: MAX_DEPTH,
+            block_nesting_limit: MAX_DEPTH,
+        };
+        let parser = Parser::new_from_str_with_options(text, options);
+        Self { parser, builder: Builder::default(), broken: 0, done: false }
+    }
+
+    /// The next document that is not empty. A document with a syntax error is left out and the one after it is read;
+    /// [`Reader::problems`] then says why.
+    pub(crate) fn document(&mut self) -> Option<Node> {
+        while !self.done {
+            match self.builder.document(&mut self.parser) {
+                Ok(Some(document)) => return Some(document),
+                Ok(None) => self.done = true,
+                Err(problem) => {
+                    let path = self.builder.path();
+                    self.builder.problems.push(Problem { path, ..problem });
+                    self.builder.reset();
+                    self.broken += 1;
+                    self.done = self.broken >= MAX_BROKEN_DOCUMENTS
+                        || !self.parser.proceed_next_document().unwrap_or(false);
                 }
             }
         }
+        None
     }
-    parsed.problems = builder.problems;
-    parsed
+
+    /// What was wrong with the documents since the last call: syntax and duplicate keys.
+    pub(crate) fn problems(&mut self) -> Vec<Problem> {
+        std::mem::take(&mut self.builder.problems)
+    }
 }
 
 #[derive(Default)]

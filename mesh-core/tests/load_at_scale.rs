@@ -1,0 +1,41 @@
+//! A configuration of a thousand services loads quickly, and what stays of it is small.
+#![cfg(feature = "istio")]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use mesh_core::clock;
+use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile};
+
+/// Without optimisation and on a machine with something else to do; it takes a quarter of a second.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+#[test]
+fn a_thousand_services_load_quickly() {
+    let mut text = String::new();
+    for n in 0..1000 {
+        write!(
+            text,
+            "---\napiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata:\n  name: s{n}\nspec:\n\
+             \x20 hosts:\n  - s{n}\n  http:\n  - match:\n    - uri:\n        prefix: /api\n      headers:\n        x-user:\n\
+             \x20         exact: jason\n    route:\n    - destination:\n        host: s{n}\n        subset: v2\n  - route:\n\
+             \x20   - destination:\n        host: s{n}\n        subset: v1\n      weight: 90\n    - destination:\n\
+             \x20       host: s{n}\n        subset: v3\n      weight: 10\n    timeout: 5s\n---\n\
+             apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata:\n  name: s{n}\nspec:\n  host: s{n}\n\
+             \x20 trafficPolicy:\n    loadBalancer:\n      simple: ROUND_ROBIN\n    outlierDetection:\n\
+             \x20     consecutive5xxErrors: 5\n  subsets:\n  - name: v1\n    labels:\n      version: v1\n\
+             \x20 - name: v2\n    labels:\n      version: v2\n  - name: v3\n    labels:\n      version: v3\n"
+        )
+        .unwrap();
+    }
+    let bytes = text.len();
+    let file = SourceFile::new("mesh.yaml", text);
+    let begin = clock::now();
+    let (set, diags) = ResourceSet::load(&[file], &LoadOptions::default());
+    let took = clock::now() - begin;
+    println!("{bytes} bytes in {took:?}");
+    assert_eq!(diags.to_string(), "");
+    assert_eq!((set.virtual_services().len(), set.destination_rules().len()), (1000, 1000));
+    assert!(took < PATIENCE, "took {took:?}");
+}
