@@ -7,10 +7,88 @@
 //! no request looks a name up.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use mesh_core::{ClusterName, UpstreamTls};
+
+use crate::endpoint::EndpointSet;
+use crate::runtime::ClusterRuntime;
+
+/// A cluster that routes hold: what configuration says of it, and the runtime that the registry attached.
+#[derive(Debug)]
+pub struct Cluster {
+    spec: ClusterSpec,
+    attached: OnceLock<Attached>,
+}
+
+#[derive(Debug)]
+struct Attached {
+    runtime: Arc<ClusterRuntime>,
+    /// The endpoints that configuration lists; `None` when the runtime finds them.
+    listed: Option<Arc<EndpointSet>>,
+}
+
+impl Cluster {
+    /// A cluster without runtime; [`Clusters::reconcile`](crate::Clusters::reconcile) attaches it.
+    #[must_use]
+    pub fn new(spec: ClusterSpec) -> Self {
+        Self { spec, attached: OnceLock::new() }
+    }
+
+    /// What configuration says of it.
+    #[must_use]
+    pub fn spec(&self) -> &ClusterSpec {
+        &self.spec
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &ClusterName {
+        &self.spec.name
+    }
+
+    /// Its runtime; `None` until a registry attached it.
+    #[must_use]
+    pub fn runtime(&self) -> Option<&Arc<ClusterRuntime>> {
+        self.attached.get().map(|attached| &attached.runtime)
+    }
+
+    /// Its endpoints now; none before a registry attached it.
+    #[must_use]
+    pub fn endpoints(&self) -> Arc<EndpointSet> {
+        match self.attached.get() {
+            Some(Attached { listed: Some(listed), .. }) => Arc::clone(listed),
+            Some(Attached { runtime, .. }) => runtime.resolved(),
+            None => Arc::default(),
+        }
+    }
+
+    pub(crate) fn attach(&self, runtime: Arc<ClusterRuntime>, listed: Option<Arc<EndpointSet>>) {
+        // A cluster belongs to one registry; the first keeps it.
+        let _ = self.attached.set(Attached { runtime, listed });
+    }
+
+    /// Where its endpoints are, in words: the addresses that are known now, or why there are none.
+    #[must_use]
+    pub fn describe_endpoints(&self) -> Vec<String> {
+        let known = self.endpoints();
+        if !known.is_empty() {
+            return known.iter().map(|endpoint| endpoint.addr().to_string()).collect();
+        }
+        match &self.spec.discovery {
+            Discovery::Static(endpoints) => {
+                endpoints.iter().map(|endpoint| endpoint.addr.to_string()).collect()
+            }
+            Discovery::StrictDns(names) => {
+                names.iter().map(|name| format!("{}:{}", name.host, name.port)).collect()
+            }
+            Discovery::LogicalDns(name) => vec![format!("{}:{}", name.host, name.port)],
+            Discovery::OriginalDst | Discovery::OriginalDstPort(_) => vec!["original destination".to_owned()],
+            Discovery::BlackHole => Vec::new(),
+        }
+    }
+}
 
 /// A cluster as configuration defines it.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,9 +1,43 @@
 //! Istio traffic management as tower layers.
+//!
+//! A [`RouteTable`] is the compiled model: made in Rust ([`RouteTable::builder`]) or from Istio YAML (feature `istio`).
+//! [`SelectRouteLayer`] pins the route that takes a request, [`HeadersLayer`] applies its header operations, and
+//! `Dispatch` sends the request to one of its clusters, redirects, or answers. [`explain`] says why.
 #![forbid(unsafe_code)]
 
+pub mod balance;
+mod builder;
 mod cluster;
+mod direct_response;
+mod endpoint;
+mod explain;
+pub mod headers;
+mod headers_layer;
+mod index;
+mod redirect;
+mod request_view;
+mod rewrite;
+mod route;
+mod runtime;
+pub mod select;
+mod table;
+mod weighted;
 
+pub use builder::{BuildError, RouteBuilder, RouteTableBuilder};
 pub use cluster::{
-    BalancerKind, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, PoolSettings, TcpKeepalive,
+    BalancerKind, Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, PoolSettings, TcpKeepalive,
     UpstreamProtocol,
 };
+pub use direct_response::DirectResponse;
+pub use endpoint::{Endpoint, EndpointSet};
+pub use explain::{Decision, Explanation, PassedOver, explain};
+pub use headers::HeaderOps;
+pub use headers_layer::{Headers, HeadersLayer};
+pub use redirect::{Redirect, RedirectPath, RedirectPort};
+pub use request_view::RequestView;
+pub use rewrite::{PathRewrite, RegexRewrite, Rewrite};
+pub use route::{ActionKind, Destination, Forward, Route, RouteAction, RouteMatch, Unmet};
+pub use runtime::{ClusterRuntime, Clusters};
+pub use select::{SelectRoute, SelectRouteLayer};
+pub use table::{KeyedBy, Lookup, RouteTable, VirtualHost};
+pub use weighted::{InvalidWeights, Weighted};

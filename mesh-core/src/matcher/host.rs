@@ -80,6 +80,13 @@ impl<T> HostMap<T> {
         }
     }
 
+    /// Every pattern with its value, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (String, &T)> {
+        let exact = self.exact.iter().map(|(pattern, value)| (pattern.to_string(), value));
+        let suffix = self.suffix.iter().map(|(suffix, value)| (format!("*{suffix}"), value));
+        exact.chain(suffix).chain(self.any.iter().map(|value| ("*".to_owned(), value)))
+    }
+
     /// How many patterns there are.
     #[must_use]
     pub fn len(&self) -> usize {

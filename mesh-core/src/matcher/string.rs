@@ -133,6 +133,15 @@ impl StringMatcher {
         }
     }
 
+    /// The value of a prefix predicate that regards case.
+    #[must_use]
+    pub fn as_prefix_with_case(&self) -> Option<&str> {
+        match &self.0 {
+            Kind::Prefix(value) => Some(value),
+            _ => None,
+        }
+    }
+
     /// The expression of a regular expression, as it was written.
     #[must_use]
     pub fn as_regex(&self) -> Option<&str> {

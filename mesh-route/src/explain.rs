@@ -1,0 +1,198 @@
+//! Why a request goes where it goes: a pure function on the model that decides.
+//!
+//! `explain` asks the same table and the same predicates as [`SelectRouteLayer`](crate::SelectRouteLayer), but keeps
+//! what the fast path throws away: every rule before the one that takes the request, with the first predicate that
+//! did not hold and the value that it saw.
+
+use std::fmt;
+use std::sync::Arc;
+
+use mesh_core::{ClusterName, ConnInfo};
+use rand::SeedableRng as _;
+use rand::rngs::SmallRng;
+
+use crate::cluster::Cluster;
+use crate::request_view::RequestView;
+use crate::route::{ActionKind, Route, Unmet};
+use crate::table::RouteTable;
+
+/// Where a request goes and why.
+#[derive(Clone, Debug)]
+pub struct Explanation {
+    /// The port that picked the virtual hosts; `None` for hosts that answer at any port.
+    pub port: Option<u16>,
+    /// The virtual host that answers to the authority; `None` when none does.
+    pub virtual_host: Option<String>,
+    /// The rules before the one that takes the request, in order.
+    pub passed_over: Vec<PassedOver>,
+    /// The rule that takes the request; `None` is 404 `NR`.
+    pub route: Option<Arc<Route>>,
+    /// What is done with the request.
+    pub decision: Decision,
+}
+
+/// A rule that did not take the request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PassedOver {
+    /// Its name.
+    pub route: String,
+    /// Its first predicate that did not hold.
+    pub unmet: Unmet,
+}
+
+/// What is done with a request.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Decision {
+    /// No route takes it: 404 `NR`.
+    NotFound,
+    /// It is sent to one of these; `chosen` is the one that this seed picks.
+    Forward {
+        /// Every destination with its weight.
+        destinations: Vec<(u32, ClusterName, Option<Arc<Cluster>>)>,
+        /// Index of the one that the seed picks.
+        chosen: usize,
+    },
+    /// It is answered with another place to go.
+    Redirect {
+        /// The status.
+        status: u16,
+        /// The place.
+        location: String,
+    },
+    /// It is answered directly.
+    DirectResponse {
+        /// The status.
+        status: u16,
+    },
+}
+
+/// Explains where `table` sends a request that arrives on `conn`; `seed` stands for the random draw.
+#[must_use]
+pub fn explain(table: &RouteTable, request: &RequestView<'_>, conn: &ConnInfo, seed: u64) -> Explanation {
+    let lookup = table.lookup(request, conn);
+    let mut passed_over = Vec::new();
+    let mut route = None;
+    match lookup.virtual_host {
+        None => route = table.unknown().cloned(),
+        Some(virtual_host) => {
+            for candidate in virtual_host.routes() {
+                match candidate.matcher().explain(request) {
+                    None => {
+                        route = Some(Arc::clone(candidate));
+                        break;
+                    }
+                    Some(unmet) => passed_over.push(PassedOver { route: candidate.name().to_owned(), unmet }),
+                }
+            }
+        }
+    }
+    let decision = route.as_ref().map_or(Decision::NotFound, |route| decide(route, request, conn, seed));
+    Explanation {
+        port: lookup.port,
+        virtual_host: lookup.virtual_host.map(|host| host.name().to_owned()),
+        passed_over,
+        route,
+        decision,
+    }
+}
+
+fn decide(route: &Route, request: &RequestView<'_>, conn: &ConnInfo, seed: u64) -> Decision {
+    match &route.action().kind {
+        ActionKind::Forward(forward) => {
+            let picked = forward.destinations.pick(&mut SmallRng::seed_from_u64(seed));
+            let destinations: Vec<_> = forward.destinations.iter().collect();
+            let chosen = destinations.iter().position(|(_, to)| std::ptr::eq(*to, picked)).unwrap_or(0);
+            let destinations = destinations
+                .into_iter()
+                .map(|(weight, to)| (weight, to.name.clone(), to.cluster.clone()))
+                .collect();
+            Decision::Forward { destinations, chosen }
+        }
+        ActionKind::Redirect(redirect) => Decision::Redirect {
+            status: redirect.code.as_u16(),
+            location: redirect.location(request, conn.port),
+        },
+        ActionKind::DirectResponse(direct) => Decision::DirectResponse { status: direct.status.as_u16() },
+    }
+}
+
+/// One line for each rule, as a person would read it.
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.virtual_host {
+            Some(name) => writeln!(f, "virtual host {name}")?,
+            None => writeln!(f, "no virtual host answers to this authority")?,
+        }
+        for passed in &self.passed_over {
+            write!(f, "  {}: not taken, {} does not hold", passed.route, passed.unmet.predicate)?;
+            match &passed.unmet.seen {
+                Some(seen) => writeln!(f, " (saw {seen:?})")?,
+                None => writeln!(f, " (absent)")?,
+            }
+        }
+        if let Some(route) = &self.route {
+            writeln!(f, "  {}: taken, {}", route.name(), route.matcher())?;
+        }
+        match &self.decision {
+            Decision::NotFound => writeln!(f, "  404 NR route_not_found"),
+            Decision::Forward { destinations, chosen } => {
+                for (index, (weight, name, cluster)) in destinations.iter().enumerate() {
+                    let mark = if index == *chosen { "->" } else { "  " };
+                    let known = if cluster.is_some() { "" } else { " (not known: 503 NC)" };
+                    writeln!(f, "  {mark} {weight:>3} {name}{known}")?;
+                }
+                Ok(())
+            }
+            Decision::Redirect { status, location } => writeln!(f, "  {status} {location}"),
+            Decision::DirectResponse { status } => writeln!(f, "  {status} direct response"),
+        }
+    }
+}
+
+#[cfg(feature = "istio")]
+impl Explanation {
+    /// The explanation as `/explain` shows it.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        use serde_json::json;
+        let unmet = |unmet: &Unmet| json!({"predicate": unmet.predicate, "saw": unmet.seen});
+        let decision = match &self.decision {
+            Decision::NotFound => json!({"status": 404, "flags": "NR", "details": "route_not_found"}),
+            Decision::Forward { destinations, chosen } => {
+                let to: Vec<_> = destinations
+                    .iter()
+                    .enumerate()
+                    .map(|(index, (weight, name, cluster))| {
+                        let endpoints = cluster.as_ref().map(|cluster| cluster.describe_endpoints());
+                        json!({
+                            "cluster": name.as_str(),
+                            "subset": name.subset(),
+                            "host": name.host(),
+                            "weight": weight,
+                            "chosen": index == *chosen,
+                            "known": cluster.is_some(),
+                            "endpoints": endpoints,
+                        })
+                    })
+                    .collect();
+                json!({"forward": to})
+            }
+            Decision::Redirect { status, location } => json!({"status": status, "location": location}),
+            Decision::DirectResponse { status } => json!({"status": status, "details": "direct_response"}),
+        };
+        json!({
+            "port": self.port,
+            "virtual_host": self.virtual_host,
+            "passed_over": self.passed_over.iter().map(|passed| json!({
+                "route": passed.route,
+                "first_failing": unmet(&passed.unmet),
+            })).collect::<Vec<_>>(),
+            "route": self.route.as_ref().map(|route| json!({
+                "name": route.name(),
+                "match": route.matcher().to_string(),
+            })),
+            "decision": decision,
+        })
+    }
+}

@@ -1,0 +1,333 @@
+//! Header operations of routes and destinations (VS-H01, VS-R04).
+//!
+//! Remove comes first, then set, then add, as Envoy does. Values may hold Envoy's `%VARIABLES%`; they are compiled when
+//! configuration is loaded, and a value without any is one shared header value. A formatted value that turns out
+//! empty is skipped.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Version};
+use mesh_core::RequestContext;
+
+/// What is done to a set of headers. The default does nothing.
+#[derive(Clone, Debug, Default)]
+pub struct HeaderOps {
+    remove: Box<[HeaderName]>,
+    set: Box<[(HeaderName, Value)]>,
+    add: Box<[(HeaderName, Value)]>,
+}
+
+/// An operation that is not accepted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidHeaderOp {
+    /// Not a header name, or one that operations must not touch.
+    #[error("`{0}` is not a header that can be changed")]
+    Name(String),
+    /// Not a header value.
+    #[error("`{0}` is not a header value")]
+    Value(String),
+    /// A `%` that begins no variable that is known.
+    #[error("{0}")]
+    Format(String),
+}
+
+/// What a formatted value may speak of.
+#[derive(Clone, Copy, Debug)]
+pub struct FormatContext<'a> {
+    /// The request's headers; those of the response have no access to them here.
+    pub request: Option<&'a HeaderMap>,
+    /// The context of the request.
+    pub context: &'a RequestContext,
+    /// The protocol that the downstream spoke.
+    pub version: Version,
+}
+
+#[derive(Clone, Debug)]
+enum Value {
+    Literal(HeaderValue),
+    Format(Box<[Piece]>),
+}
+
+#[derive(Clone, Debug)]
+enum Piece {
+    Text(Box<str>),
+    RequestHeader { name: HeaderName, otherwise: Option<HeaderName>, max: Option<usize> },
+    DownstreamRemote { port: bool },
+    DownstreamLocal { port: bool },
+    DownstreamLocalPort,
+    UpstreamRemote,
+    UpstreamCluster,
+    Protocol,
+    RouteName,
+    ResponseFlags,
+    ResponseDetails,
+}
+
+impl HeaderOps {
+    /// Compiles operations. Names with a leading `:` and `host` are refused; the authority is changed by rewriting it.
+    ///
+    /// # Errors
+    /// The first operation that is not accepted.
+    pub fn new<'a>(
+        remove: impl IntoIterator<Item = &'a str>,
+        set: impl IntoIterator<Item = (&'a str, &'a str)>,
+        add: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Result<Self, InvalidHeaderOp> {
+        let pairs = |pairs: &mut dyn Iterator<Item = (&'a str, &'a str)>| {
+            pairs.map(|(key, text)| Ok((name(key)?, value(text)?))).collect::<Result<_, InvalidHeaderOp>>()
+        };
+        Ok(Self {
+            remove: remove.into_iter().map(name).collect::<Result<_, _>>()?,
+            set: pairs(&mut set.into_iter())?,
+            add: pairs(&mut add.into_iter())?,
+        })
+    }
+
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.remove.is_empty() && self.set.is_empty() && self.add.is_empty()
+    }
+
+    /// Applies the operations.
+    pub fn apply(&self, headers: &mut HeaderMap, cx: &FormatContext<'_>) {
+        for name in &self.remove {
+            headers.remove(name);
+        }
+        for (name, value) in &self.set {
+            if let Some(value) = value.format(cx) {
+                headers.insert(name.clone(), value);
+            }
+        }
+        for (name, value) in &self.add {
+            if let Some(value) = value.format(cx) {
+                headers.append(name.clone(), value);
+            }
+        }
+    }
+
+    /// Applies the operations to the headers of the very request that values may speak of.
+    pub fn apply_to_request(&self, headers: &mut HeaderMap, context: &RequestContext, version: Version) {
+        // Values are formatted from the headers as they are; only formats that read them need a copy.
+        let copy = self.reads_request().then(|| headers.clone());
+        self.apply(headers, &FormatContext { request: copy.as_ref(), context, version });
+    }
+
+    fn reads_request(&self) -> bool {
+        self.set.iter().chain(&self.add).any(|(_, value)| match value {
+            Value::Literal(_) => false,
+            Value::Format(pieces) => pieces.iter().any(|piece| matches!(piece, Piece::RequestHeader { .. })),
+        })
+    }
+}
+
+impl Value {
+    fn format(&self, cx: &FormatContext<'_>) -> Option<HeaderValue> {
+        let pieces = match self {
+            Self::Literal(value) => return (!value.is_empty()).then(|| value.clone()),
+            Self::Format(pieces) => pieces,
+        };
+        let mut text = String::new();
+        for piece in pieces {
+            piece.format(&mut text, cx);
+        }
+        // What a client sent has been a header value before, so only an empty one is left out.
+        HeaderValue::try_from(text).ok().filter(|value| !value.is_empty())
+    }
+}
+
+impl Piece {
+    fn format(&self, out: &mut String, cx: &FormatContext<'_>) {
+        let conn = cx.context.conn();
+        // Writing to a String cannot fail.
+        let _ = match self {
+            Self::Text(text) => out.write_str(text),
+            Self::RequestHeader { name, otherwise, max } => {
+                let find = |name: &HeaderName| cx.request.and_then(|headers| headers.get(name));
+                let value = find(name).or_else(|| otherwise.as_ref().and_then(find));
+                let value = value.map(|value| String::from_utf8_lossy(value.as_bytes()));
+                let value = value.as_deref().unwrap_or("");
+                let end = max.map_or(value.len(), |max| value.floor_char_boundary(max));
+                out.write_str(&value[..end])
+            }
+            Self::DownstreamRemote { port } => write_addr(out, conn.peer, *port),
+            Self::DownstreamLocal { port } => write_addr(out, conn.local, *port),
+            Self::DownstreamLocalPort => write!(out, "{}", conn.local.port()),
+            Self::UpstreamRemote => match cx.context.upstream().and_then(|upstream| upstream.endpoint) {
+                Some(addr) => write!(out, "{addr}"),
+                None => Ok(()),
+            },
+            Self::UpstreamCluster => match cx.context.upstream() {
+                Some(upstream) => out.write_str(&upstream.cluster),
+                None => Ok(()),
+            },
+            Self::Protocol => write!(out, "{:?}", cx.version).map(|()| {
+                if out.ends_with("HTTP/2.0") {
+                    out.truncate(out.len() - 2);
+                }
+            }),
+            Self::RouteName => cx.context.with_route_name(|name| out.write_str(name.unwrap_or(""))),
+            Self::ResponseFlags => write!(out, "{}", cx.context.flags()),
+            Self::ResponseDetails => out.write_str(cx.context.details().as_deref().unwrap_or("")),
+        };
+    }
+}
+
+fn write_addr(out: &mut String, addr: SocketAddr, port: bool) -> std::fmt::Result {
+    if port { write!(out, "{addr}") } else { write!(out, "{}", addr.ip()) }
+}
+
+fn name(text: &str) -> Result<HeaderName, InvalidHeaderOp> {
+    match HeaderName::try_from(text) {
+        Ok(name) if name != http::header::HOST => Ok(name),
+        _ => Err(InvalidHeaderOp::Name(text.to_owned())),
+    }
+}
+
+fn value(text: &str) -> Result<Value, InvalidHeaderOp> {
+    let literal =
+        |text: &str| HeaderValue::from_str(text).map_err(|_| InvalidHeaderOp::Value(text.to_owned()));
+    if !text.contains('%') {
+        return literal(text).map(Value::Literal);
+    }
+    let mut pieces = Vec::new();
+    let mut plain = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find('%') {
+        plain.push_str(&rest[..at]);
+        rest = &rest[at + 1..];
+        if let Some(after) = rest.strip_prefix('%') {
+            plain.push('%');
+            rest = after;
+            continue;
+        }
+        let end = rest.find('%').ok_or_else(|| {
+            InvalidHeaderOp::Format(format!(
+                "`{text}` has a `%` that is not closed; a literal one is written `%%`"
+            ))
+        })?;
+        if !plain.is_empty() {
+            literal(&plain)?;
+            pieces.push(Piece::Text(std::mem::take(&mut plain).into()));
+        }
+        pieces.push(piece(&rest[..end])?);
+        rest = &rest[end + 1..];
+    }
+    plain.push_str(rest);
+    literal(&plain)?;
+    if pieces.is_empty() {
+        return literal(&plain).map(Value::Literal);
+    }
+    if !plain.is_empty() {
+        pieces.push(Piece::Text(plain.into()));
+    }
+    Ok(Value::Format(pieces.into()))
+}
+
+fn piece(command: &str) -> Result<Piece, InvalidHeaderOp> {
+    let unknown = || InvalidHeaderOp::Format(format!("`%{command}%` is not a variable that is known"));
+    if let Some(argument) = command.strip_prefix("REQ(") {
+        let (names, max) = argument.split_once(')').ok_or_else(unknown)?;
+        let max = match max.strip_prefix(':') {
+            Some(max) => Some(max.parse().map_err(|_| unknown())?),
+            None if max.is_empty() => None,
+            None => return Err(unknown()),
+        };
+        let (first, otherwise) = match names.split_once('?') {
+            Some((first, otherwise)) => (first, Some(otherwise)),
+            None => (names, None),
+        };
+        let header = |text: &str| HeaderName::try_from(text).map_err(|_| unknown());
+        return Ok(Piece::RequestHeader {
+            name: header(first)?,
+            otherwise: otherwise.map(header).transpose()?,
+            max,
+        });
+    }
+    Ok(match command {
+        "DOWNSTREAM_REMOTE_ADDRESS" | "DOWNSTREAM_DIRECT_REMOTE_ADDRESS" => {
+            Piece::DownstreamRemote { port: true }
+        }
+        "DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" | "DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT" => {
+            Piece::DownstreamRemote { port: false }
+        }
+        "DOWNSTREAM_LOCAL_ADDRESS" => Piece::DownstreamLocal { port: true },
+        "DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Piece::DownstreamLocal { port: false },
+        "DOWNSTREAM_LOCAL_PORT" => Piece::DownstreamLocalPort,
+        "UPSTREAM_REMOTE_ADDRESS" | "UPSTREAM_HOST" => Piece::UpstreamRemote,
+        "UPSTREAM_CLUSTER" => Piece::UpstreamCluster,
+        "PROTOCOL" => Piece::Protocol,
+        "ROUTE_NAME" => Piece::RouteName,
+        "RESPONSE_FLAGS" => Piece::ResponseFlags,
+        "RESPONSE_CODE_DETAILS" => Piece::ResponseDetails,
+        _ => return Err(unknown()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::Direction;
+
+    use super::*;
+
+    fn context() -> RequestContext {
+        RequestContext::ensure(&mut http::Extensions::new(), Direction::Outbound)
+    }
+
+    fn applied(ops: &HeaderOps, headers: &[(&'static str, &'static str)]) -> Vec<(String, String)> {
+        let mut map: HeaderMap = headers
+            .iter()
+            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
+            .collect();
+        ops.apply_to_request(&mut map, &context(), Version::HTTP_2);
+        let mut all: Vec<_> =
+            map.iter().map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
+        // The order of one header's values counts, that of the headers does not.
+        all.sort_by(|left, right| left.0.cmp(&right.0));
+        all
+    }
+
+    fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn vs_h01_remove_then_set_then_add() {
+        let ops =
+            HeaderOps::new(["a"], [("a", "set"), ("b", "set")], [("b", "added"), ("c", "added")]).unwrap();
+        assert_eq!(
+            applied(&ops, &[("a", "old"), ("b", "old"), ("b", "older"), ("c", "old")]),
+            pairs(&[("a", "set"), ("b", "set"), ("b", "added"), ("c", "old"), ("c", "added")])
+        );
+    }
+
+    #[test]
+    fn vs_h01_values_are_formatted_and_empty_ones_skipped() {
+        let ops = HeaderOps::new(
+            [],
+            [
+                ("x-from", "a %REQ(from)% %PROTOCOL% 100%%"),
+                ("x-none", "%REQ(missing)%"),
+                ("x-cut", "%REQ(m?from):2%"),
+            ],
+            [],
+        )
+        .unwrap();
+        assert_eq!(
+            applied(&ops, &[("from", "me")]),
+            pairs(&[("from", "me"), ("x-cut", "me"), ("x-from", "a me HTTP/2 100%")])
+        );
+    }
+
+    #[test]
+    fn vs_h01_pseudo_headers_host_and_unknown_variables_are_refused() {
+        assert!(matches!(HeaderOps::new([":path"], [], []), Err(InvalidHeaderOp::Name(_))));
+        assert!(matches!(HeaderOps::new([], [("Host", "a")], []), Err(InvalidHeaderOp::Name(_))));
+        assert!(matches!(HeaderOps::new([], [("a", "b\n")], []), Err(InvalidHeaderOp::Value(_))));
+        for bad in ["100%", "%NOPE%", "%REQ(a%", "%REQ(a):x%"] {
+            assert!(matches!(HeaderOps::new([], [("a", bad)], []), Err(InvalidHeaderOp::Format(_))), "{bad}");
+        }
+    }
+}

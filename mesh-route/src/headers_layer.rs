@@ -1,0 +1,141 @@
+//! The layer that applies the header operations of the pinned route (VS-H01).
+//!
+//! Those of a destination are applied below, by whoever picks it (VS-R04): request operations after these, response
+//! operations before these.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use http::{HeaderMap, Request, Response, Version};
+use mesh_core::{Error, RequestContext};
+use pin_project::pin_project;
+use tower_layer::Layer;
+use tower_service::Service;
+
+use crate::headers::FormatContext;
+use crate::route::Route;
+
+/// Applies the header operations of the pinned route. Expects [`SelectRouteLayer`](crate::SelectRouteLayer) above it;
+/// a request without a pinned route passes as it is. Local replies of the layers below are treated like responses.
+///
+/// ```
+/// use http::{Request, Response};
+/// use mesh_core::{Body, Error, Slot};
+/// use mesh_route::{HeadersLayer, RouteBuilder, RouteTable, SelectRouteLayer};
+/// use tower::{ServiceBuilder, ServiceExt};
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let route = RouteBuilder::new("all").response_header("x-mesh", "yes").respond(200, "")?;
+/// let table = RouteTable::builder().host("*", [route]).build()?;
+/// let service = ServiceBuilder::new()
+///     .layer(SelectRouteLayer::new(Slot::fixed(table)))
+///     .layer(HeadersLayer::new())
+///     .service_fn(|_: Request<Body>| async { Ok::<_, Error>(Response::new(Body::empty())) });
+/// let response = service.oneshot(Request::get("http://a/").body(Body::empty())?).await?;
+/// assert_eq!(response.headers()["x-mesh"], "yes");
+/// # Ok(())
+/// # }
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(example()).unwrap();
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HeadersLayer(());
+
+impl HeadersLayer {
+    /// The layer; what it does is in the route.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(())
+    }
+}
+
+impl<S> Layer<S> for HeadersLayer {
+    type Service = Headers<S>;
+
+    fn layer(&self, inner: S) -> Headers<S> {
+        Headers { inner }
+    }
+}
+
+/// The service of [`HeadersLayer`].
+#[derive(Clone, Debug)]
+pub struct Headers<S> {
+    inner: S,
+}
+
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for Headers<S>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S::Error: Into<Error>,
+{
+    type Response = S::Response;
+    type Error = Error;
+    type Future = ResponseFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.inner.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
+        let version = request.version();
+        let pinned = request
+            .extensions()
+            .get::<RequestContext>()
+            .and_then(|context| Some((context.route::<Route>()?, context.clone())));
+        let mut pending = None;
+        if let Some((route, context)) = pinned {
+            let action = route.action();
+            if !action.request_headers.is_empty() {
+                action.request_headers.apply_to_request(request.headers_mut(), &context, version);
+            }
+            if !action.response_headers.is_empty() {
+                pending = Some(Pending { route, context, version });
+            }
+        }
+        ResponseFuture { inner: self.inner.call(request), pending }
+    }
+}
+
+/// The future of [`Headers`].
+#[pin_project]
+#[derive(Debug)]
+pub struct ResponseFuture<F> {
+    #[pin]
+    inner: F,
+    pending: Option<Pending>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    route: Arc<Route>,
+    context: RequestContext,
+    version: Version,
+}
+
+impl Pending {
+    fn apply(&self, headers: &mut HeaderMap) {
+        let cx = FormatContext { request: None, context: &self.context, version: self.version };
+        self.route.action().response_headers.apply(headers, &cx);
+    }
+}
+
+impl<F, ResBody, E> Future for ResponseFuture<F>
+where
+    F: Future<Output = Result<Response<ResBody>, E>>,
+    E: Into<Error>,
+{
+    type Output = Result<Response<ResBody>, Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let mut result = ready!(this.inner.poll(cx)).map_err(Into::into);
+        if let Some(pending) = this.pending {
+            match &mut result {
+                Ok(response) => pending.apply(response.headers_mut()),
+                Err(error) => pending.apply(error.headers_mut()),
+            }
+        }
+        Poll::Ready(result)
+    }
+}

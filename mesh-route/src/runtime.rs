@@ -1,0 +1,280 @@
+//! What clusters are at run time: endpoints, and counters that survive a reload.
+//!
+//! [`Clusters`] is shared by the whole process, so that limits hold per process and not per worker. Runtimes are keyed
+//! by cluster name. [`Clusters::reconcile`] attaches the clusters of a new generation before it is published: a name
+//! that is known keeps its runtime, and within it an address keeps its endpoint. Runtimes go with their last holder.
+//!
+//! Endpoints from configuration belong to the generation that lists them, so that no request mixes generations. Those
+//! of the resolver change by themselves.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use arc_swap::ArcSwap;
+use mesh_core::ClusterName;
+use tokio::sync::Notify;
+
+use crate::cluster::{Cluster, Discovery};
+use crate::endpoint::{Endpoint, EndpointSet};
+
+/// Every cluster of the process, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Clusters(Arc<Mutex<HashMap<ClusterName, Weak<ClusterRuntime>>>>);
+
+/// The state of one cluster that no configuration defines.
+pub struct ClusterRuntime {
+    id: u64,
+    name: ClusterName,
+    resolved: ArcSwap<EndpointSet>,
+    known: Mutex<HashMap<SocketAddr, Weak<Endpoint>>>,
+    pub(crate) connections: AtomicU32,
+    pub(crate) pending: AtomicU32,
+    pub(crate) requests: AtomicU32,
+    pub(crate) overflows: AtomicU64,
+    /// Told when a connection slot or a connection may have become free.
+    pub(crate) freed: Notify,
+}
+
+impl Clusters {
+    /// A registry without clusters.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Attaches each cluster to its runtime. Called before the generation that holds them is published.
+    pub fn reconcile(&self, clusters: &[Arc<Cluster>]) {
+        let mut runtimes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for cluster in clusters {
+            if cluster.runtime().is_some() {
+                continue;
+            }
+            let known = runtimes.get(cluster.name()).and_then(Weak::upgrade);
+            let runtime = known.unwrap_or_else(|| {
+                let runtime = Arc::new(ClusterRuntime::new(cluster.name().clone()));
+                runtimes.insert(cluster.name().clone(), Arc::downgrade(&runtime));
+                runtime
+            });
+            let listed = match &cluster.spec().discovery {
+                Discovery::Static(endpoints) => {
+                    let weighted = endpoints.iter().map(|endpoint| (endpoint.addr, endpoint.weight));
+                    Some(Arc::new(runtime.endpoint_set(weighted)))
+                }
+                _ => None,
+            };
+            cluster.attach(runtime, listed);
+        }
+        runtimes.retain(|_, runtime| runtime.strong_count() > 0);
+    }
+
+    /// The runtimes that some generation still holds, in order of name.
+    #[must_use]
+    pub fn runtimes(&self) -> Vec<Arc<ClusterRuntime>> {
+        let runtimes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = runtimes.values().filter_map(Weak::upgrade).collect();
+        all.sort_by(|left, right| left.name.cmp(&right.name));
+        all
+    }
+}
+
+impl ClusterRuntime {
+    fn new(name: ClusterName) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            name,
+            resolved: ArcSwap::default(),
+            known: Mutex::default(),
+            connections: AtomicU32::new(0),
+            pending: AtomicU32::new(0),
+            requests: AtomicU32::new(0),
+            overflows: AtomicU64::new(0),
+            freed: Notify::new(),
+        }
+    }
+
+    /// A number that no other cluster of this process has or had.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The cluster's name.
+    #[must_use]
+    pub fn name(&self) -> &ClusterName {
+        &self.name
+    }
+
+    /// The endpoints that the resolver found last.
+    #[must_use]
+    pub fn resolved(&self) -> Arc<EndpointSet> {
+        self.resolved.load_full()
+    }
+
+    /// Replaces the endpoints that the resolver found. An address that stays keeps its endpoint.
+    pub fn set_resolved(&self, addresses: impl IntoIterator<Item = (SocketAddr, u32)>) {
+        self.resolved.store(Arc::new(self.endpoint_set(addresses)));
+    }
+
+    /// The endpoint of an address, for destinations that come with the request.
+    #[must_use]
+    pub fn endpoint(&self, addr: SocketAddr) -> Arc<Endpoint> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::keep(&mut known, addr)
+    }
+
+    /// Open connections.
+    #[must_use]
+    pub fn connections(&self) -> u32 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Requests that wait for a connection.
+    #[must_use]
+    pub fn pending(&self) -> u32 {
+        self.pending.load(Ordering::Relaxed)
+    }
+
+    /// Requests whose response has not ended.
+    #[must_use]
+    pub fn requests(&self) -> u32 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// Requests that a limit refused.
+    #[must_use]
+    pub fn overflows(&self) -> u64 {
+        self.overflows.load(Ordering::Relaxed)
+    }
+
+    fn endpoint_set(&self, addresses: impl IntoIterator<Item = (SocketAddr, u32)>) -> EndpointSet {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = EndpointSet::new(
+            addresses.into_iter().map(|(addr, weight)| (Self::keep(&mut known, addr), weight)),
+        );
+        known.retain(|_, endpoint| endpoint.strong_count() > 0);
+        set
+    }
+
+    fn keep(known: &mut HashMap<SocketAddr, Weak<Endpoint>>, addr: SocketAddr) -> Arc<Endpoint> {
+        if let Some(endpoint) = known.get(&addr).and_then(Weak::upgrade) {
+            return endpoint;
+        }
+        let endpoint = Arc::new(Endpoint::new(addr));
+        known.insert(addr, Arc::downgrade(&endpoint));
+        endpoint
+    }
+}
+
+impl fmt::Debug for ClusterRuntime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClusterRuntime")
+            .field("name", &self.name)
+            .field("connections", &self.connections())
+            .field("pending", &self.pending())
+            .field("requests", &self.requests())
+            .finish_non_exhaustive()
+    }
+}
+
+/// One unit of a counter with a limit; given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    runtime: Arc<ClusterRuntime>,
+    counter: fn(&ClusterRuntime) -> &AtomicU32,
+}
+
+impl Permit {
+    /// Takes one below `limit`, exactly, whatever other workers do.
+    pub(crate) fn acquire(
+        runtime: &Arc<ClusterRuntime>,
+        counter: fn(&ClusterRuntime) -> &AtomicU32,
+        limit: u32,
+    ) -> Option<Self> {
+        counter(runtime)
+            .try_update(Ordering::AcqRel, Ordering::Relaxed, |count| (count < limit).then(|| count + 1))
+            .ok()?;
+        Some(Self { runtime: Arc::clone(runtime), counter })
+    }
+
+    /// Takes one whatever the limit.
+    pub(crate) fn force(runtime: &Arc<ClusterRuntime>, counter: fn(&ClusterRuntime) -> &AtomicU32) -> Self {
+        counter(runtime).fetch_add(1, Ordering::AcqRel);
+        Self { runtime: Arc::clone(runtime), counter }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        (self.counter)(&self.runtime).fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{ClusterSpec, EndpointSpec};
+
+    fn cluster(ports: &[u16]) -> Arc<Cluster> {
+        let endpoints = ports.iter().map(|port| EndpointSpec::new(([127, 0, 0, 1], *port).into())).collect();
+        Arc::new(Cluster::new(ClusterSpec::new(ClusterName::custom("a"), Discovery::Static(endpoints))))
+    }
+
+    #[test]
+    fn an_address_keeps_its_endpoint_over_a_reload() {
+        let clusters = Clusters::new();
+        let first = cluster(&[1, 2]);
+        clusters.reconcile(std::slice::from_ref(&first));
+        let second = cluster(&[2, 3]);
+        clusters.reconcile(std::slice::from_ref(&second));
+        let ids = |cluster: &Cluster| {
+            cluster.endpoints().iter().map(|e| (e.addr().port(), e.id())).collect::<HashMap<_, _>>()
+        };
+        assert_eq!(ids(&first)[&2], ids(&second)[&2]);
+        assert_eq!(first.runtime().map(|r| r.id()), second.runtime().map(|r| r.id()));
+        assert_eq!(ids(&first).len(), 2, "the old generation keeps its own endpoints");
+    }
+
+    #[test]
+    fn a_runtime_goes_with_its_last_holder() {
+        let clusters = Clusters::new();
+        let first = cluster(&[1]);
+        clusters.reconcile(std::slice::from_ref(&first));
+        assert_eq!(clusters.runtimes().len(), 1);
+        drop(first);
+        assert_eq!(clusters.runtimes().len(), 0);
+    }
+
+    #[test]
+    fn b6_limits_are_exact_over_threads() {
+        let clusters = Clusters::new();
+        let cluster = cluster(&[1]);
+        clusters.reconcile(std::slice::from_ref(&cluster));
+        let runtime = cluster.runtime().unwrap();
+        let most = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50_000 {
+                        if let Some(permit) = Permit::acquire(runtime, |runtime| &runtime.requests, 3) {
+                            most.fetch_max(runtime.requests(), Ordering::Relaxed);
+                            drop(permit);
+                        }
+                    }
+                });
+            }
+        });
+        assert!(most.load(Ordering::Relaxed) <= 3);
+        assert_eq!(runtime.requests(), 0);
+        let held: Vec<_> =
+            (0..3).map(|_| Permit::acquire(runtime, |runtime| &runtime.requests, 3).unwrap()).collect();
+        assert!(
+            Permit::acquire(runtime, |runtime| &runtime.requests, 3).is_none(),
+            "exactly the fourth is refused"
+        );
+        drop(held);
+    }
+}
