@@ -23,7 +23,7 @@ use crate::table::RouteTable;
 /// ```
 /// use std::sync::Arc;
 /// use http::{Request, Response};
-/// use mesh_core::{Body, Error, LocalReplyLayer, RequestContext, Slot};
+/// use mesh_core::{Body, Direction, Error, LocalReplyLayer, RequestContext, Slot};
 /// use mesh_route::{RouteBuilder, RouteTable, SelectRouteLayer};
 /// use tower::{ServiceBuilder, ServiceExt};
 ///
@@ -32,7 +32,7 @@ use crate::table::RouteTable;
 ///     .host("reviews", [RouteBuilder::new("hello").path_prefix("/hello").respond(200, "hi")?])
 ///     .build()?;
 /// let service = ServiceBuilder::new()
-///     .layer(LocalReplyLayer::new())
+///     .layer(LocalReplyLayer::new(Direction::Outbound))
 ///     .layer(SelectRouteLayer::new(Slot::fixed(table)))
 ///     .service_fn(|request: Request<Body>| async move {
 ///         let context = request.extensions().get::<RequestContext>().cloned();
