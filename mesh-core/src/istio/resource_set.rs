@@ -42,6 +42,17 @@ pub enum UnknownFields {
     Lenient,
 }
 
+impl UnknownFields {
+    /// How bad an unknown field is.
+    #[must_use]
+    pub const fn severity(self) -> Severity {
+        match self {
+            Self::Strict => Severity::Error,
+            Self::Lenient => Severity::Warning,
+        }
+    }
+}
+
 /// How files are loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -163,6 +174,13 @@ pub(super) enum Body {
 
 const ENVELOPE: &[&str] = &["apiVersion", "kind", "metadata", "status"];
 
+const ENVOY_FILTER: &str = "EnvoyFilter";
+
+/// What to do instead of patching a proxy that is not Envoy.
+const NOT_APPLIED: &str = "not applied: the patches are Envoy's own configuration; headers, faults, CORS and rewrites \
+    belong into a VirtualService, connection settings into a DestinationRule, access rules into an \
+    AuthorizationPolicy, logs and metrics into a Telemetry, and anything else into a tower layer";
+
 struct Loader<'o> {
     options: &'o LoadOptions,
     stores: Stores,
@@ -179,7 +197,8 @@ pub(super) struct Document<'n, 'l> {
     doc: DocId,
     meta: Metadata,
     resource: ResourceName,
-    unknown_fields: UnknownFields,
+    /// How bad a field is that the kind does not have; `None` where only a part of the kind is read.
+    unknown_field: Option<Severity>,
     index: &'l DocumentsBuilder,
     diagnostics: &'l mut Vec<Diagnostic>,
 }
@@ -297,7 +316,10 @@ impl<'o> Loader<'o> {
         } else {
             self.seen.insert(resource.clone(), position);
         }
-        let report_unhonoured = !group.is_kubernetes();
+        if kind == ENVOY_FILTER {
+            self.push(Severity::Warning, file, Some(resource.clone()), at_key(node, "kind", NOT_APPLIED));
+        }
+        let report_unhonoured = !group.is_kubernetes() && kind != ENVOY_FILTER;
         let doc = self.index(file, node, resource.clone(), group.security, report_unhonoured);
         let broken = !problems.is_empty();
         for problem in problems {
@@ -310,7 +332,7 @@ impl<'o> Loader<'o> {
             doc,
             meta,
             resource,
-            unknown_fields: self.options.unknown_fields,
+            unknown_field: (!group.is_kubernetes()).then_some(self.options.unknown_fields.severity()),
             index: &self.index,
             diagnostics: &mut self.diagnostics,
         };
@@ -364,22 +386,20 @@ impl<'o> Loader<'o> {
 impl Document<'_, '_> {
     /// Reads and validates the document's body; `None` if there is an error.
     pub(super) fn read<T: Kind + Validate>(mut self, body: Body) -> Option<Resource<T>> {
-        let unknown = match self.unknown_fields {
-            UnknownFields::Strict => Severity::Error,
-            UnknownFields::Lenient => Severity::Warning,
-        };
         let before = self.diagnostics.len();
         let empty = Node::empty_map(self.node.line, self.node.column);
         let (node, path, skip) = match body {
             Body::Root => (self.node, "", ENVELOPE),
             Body::Spec => {
-                self.unknown_top_level(unknown);
+                self.unknown_top_level();
                 (self.node.get("spec").unwrap_or(&empty), "spec", &[][..])
             }
         };
         let read = yaml::read::<T>(node, path, skip);
-        for problem in read.unknown {
-            self.report(unknown, problem);
+        if let Some(severity) = self.unknown_field {
+            for problem in read.unknown {
+                self.report(severity, problem);
+            }
         }
         for problem in read.errors {
             self.report(Severity::Error, problem);
@@ -404,8 +424,8 @@ impl Document<'_, '_> {
     }
 
     /// A kind with a `spec` has nothing else beside the envelope.
-    fn unknown_top_level(&mut self, severity: Severity) {
-        let Value::Map(entries) = &self.node.value else { return };
+    fn unknown_top_level(&mut self) {
+        let (Some(severity), Value::Map(entries)) = (self.unknown_field, &self.node.value) else { return };
         for entry in entries {
             if entry.key != "spec" && !ENVELOPE.contains(&entry.key.as_str()) {
                 self.report(severity, at_key(self.node, &entry.key, "unknown field"));

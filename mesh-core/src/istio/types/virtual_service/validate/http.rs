@@ -204,42 +204,48 @@ fn is_authority(name: &str) -> bool {
     name.eq_ignore_ascii_case(":authority") || name.eq_ignore_ascii_case("host")
 }
 
-/// A header value, in which Envoy's `%VARIABLE%` and `%VARIABLE(argument)%` are expanded and `%%` is a percent sign.
+/// A header value as Envoy's formatter reads it: `%%` is a percent sign, `%NAME%`, `%NAME(text)%` and
+/// `%NAME(["a", "b"])%` are variables. A backslash takes the meaning from the character after it.
 fn header_value(value: &str) -> check::Checked {
-    let mut rest = value;
-    while let Some(at) = rest.find('%') {
-        let after = &rest[at + 1..];
-        if let Some(literal) = after.strip_prefix('%') {
-            rest = literal;
-            continue;
-        }
-        match variable_end(after) {
-            Some(end) => rest = &after[end..],
-            None => {
-                return Err(format!(
-                    "header value {value:?}: a variable is not closed; write %% for a percent sign"
-                ));
-            }
-        }
+    #[derive(Clone, Copy, PartialEq)]
+    enum In {
+        Literal,
+        Name,
+        ArgumentStart,
+        ItemStart,
+        Text,
+        ItemEnd,
+        ArgumentEnd,
+        End,
     }
-    Ok(())
-}
-
-/// The offset after the `%` that closes `NAME%` or `NAME(argument)%`; a backslash keeps a parenthesis in the argument.
-fn variable_end(text: &str) -> Option<usize> {
-    let open = text.find(['%', '('])?;
-    if text.as_bytes()[open] == b'%' {
-        return Some(open + 1);
+    let wrong = |what: &str| Err(format!("header value {value:?}: {what}; write %% for a percent sign"));
+    let mut at = In::Literal;
+    let mut bytes = value.bytes().peekable();
+    while let Some(byte) = bytes.next() {
+        at = match (at, byte) {
+            (In::Literal, b'%') if bytes.next_if_eq(&b'%').is_some() => In::Literal,
+            (In::Literal, b'%') => In::Name,
+            (In::Literal, _) => In::Literal,
+            (In::Name, b'%') | (In::End, b'%') => In::Literal,
+            (In::Name, b'(') => In::ArgumentStart,
+            (In::ArgumentStart, b'[') | (In::ItemEnd, b',') => In::ItemStart,
+            (In::ItemStart, b'"') => In::Text,
+            (In::Text, b'\\') => match bytes.next() {
+                Some(_) => In::Text,
+                None => return wrong("ends in a backslash"),
+            },
+            (In::Text | In::ArgumentEnd, b')') => In::End,
+            (In::Text, b'"') => In::ItemEnd,
+            (In::ArgumentStart, byte) if byte != b' ' => In::Text,
+            (In::ItemEnd, b']') => In::ArgumentEnd,
+            (In::Name | In::Text, _) | (_, b' ') => at,
+            (In::ItemStart, _) => return wrong("expected '\"'"),
+            (In::ItemEnd, _) => return wrong("expected ',' or ']'"),
+            (In::ArgumentEnd, _) => return wrong("expected ')'"),
+            _ => return wrong("expected '%' after ')'"),
+        };
     }
-    let argument = &text[open + 1..];
-    let mut escaped = false;
-    let close = argument.bytes().position(|byte| {
-        let closes = byte == b')' && !escaped;
-        escaped = byte == b'\\' && !escaped;
-        closes
-    })?;
-    let after = argument[close + 1..].trim_start_matches(' ');
-    after.starts_with('%').then(|| text.len() - after.len() + 1)
+    if at == In::Literal { Ok(()) } else { wrong("a variable is not closed") }
 }
 
 /// Only one place may set the authority (VS-W02).
@@ -529,6 +535,48 @@ fn rewrite(out: &mut Findings, change: &HttpRewrite) {
                 }
                 out.check("match", check::regex(&regex.pattern));
             });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vs_h01_header_values_are_envoys_format() {
+        for value in [
+            "",
+            "plain",
+            "100%%",
+            "%HOSTNAME%",
+            "a %START_TIME(%s)% b",
+            "%REQ(X-A?:path):10%",
+            "%UPSTREAM_METADATA([\"ns\", \"key\"])%",
+            "%UPSTREAM_METADATA( [ \"a\\\"b\" ] ) %",
+        ] {
+            let judged = header_value(value);
+            assert_eq!(judged.is_ok(), value != "%REQ(X-A?:path):10%", "{value}: {judged:?}");
+        }
+        for value in
+            ["%", "50%", "%NAME", "%NAME(", "%NAME(a)", "%NAME([a])%", "%NAME([\"a\" \"b\"])%", "%N(a\\"]
+        {
+            assert!(header_value(value).is_err(), "{value}");
+        }
+    }
+
+    #[test]
+    fn vs_m07_claims() {
+        for name in ["@request.auth.claims.sub", "@Request.Auth.Claims[a][b]"] {
+            assert!(is_claim(name), "{name}");
+        }
+        for name in [
+            "@request.auth.claims",
+            "@request.auth.claims.",
+            "request.auth.claims.sub",
+            "@request.auth.claim.é",
+        ] {
+            assert!(!is_claim(name), "{name}");
         }
     }
 }
