@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::common::{Duration, Percent, PortSelector, WorkloadSelector};
 
-mod validate;
+pub(super) mod validate;
 
 /// Policies of a service and its subsets (DR-01 … DR-06).
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]

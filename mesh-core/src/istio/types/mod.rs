@@ -8,7 +8,29 @@
 //! The variants of an enum are listed in the order of their protobuf numbers, since protobuf's JSON form allows the
 //! number in place of the name.
 
+pub mod authentication;
+pub mod authorization_policy;
+mod cel_syntax;
 pub mod check;
 pub mod common;
 pub mod destination_rule;
+pub mod envoy_filter;
+pub mod gateway;
+mod host;
+pub mod kubernetes;
+pub mod mesh_config;
+pub mod mixer;
+pub mod peer_authentication;
+pub mod protocol;
+pub mod proxy_config;
+pub mod rbac;
+pub mod request_authentication;
+pub mod service_entry;
+pub mod sidecar;
+mod target;
+pub mod telemetry;
+pub mod traffic_extension;
 pub mod virtual_service;
+pub mod wasm_plugin;
+pub mod workload_entry;
+pub mod workload_group;

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::common::{Duration, Percent, PortSelector, StringMatch};
 
-mod validate;
+pub(super) mod validate;
 
 /// Routes for a set of hosts (VS-01 … VS-09).
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]

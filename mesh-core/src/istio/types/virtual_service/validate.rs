@@ -191,7 +191,7 @@ fn required_destination(out: &mut Findings, to: Option<&Destination>) {
 }
 
 /// A destination, whose path is the current one.
-fn destination(out: &mut Findings, to: &Destination) {
+pub(in crate::istio) fn destination(out: &mut Findings, to: &Destination) {
     if to.host == "*" {
         out.error("host", "\"*\" is not a destination");
     } else {
