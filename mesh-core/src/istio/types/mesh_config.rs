@@ -11,7 +11,8 @@ use serde_json::Value;
 use super::check::{self, ExportToOf};
 use super::common::Duration;
 use super::destination_rule::{
-    ClientTlsSettings, H2UpgradePolicy, LocalityLbSetting, TcpKeepalive, TrafficPolicy, validate::locality_setting,
+    ClientTlsSettings, H2UpgradePolicy, LocalityLbSetting, TcpKeepalive, TrafficPolicy,
+    validate::locality_setting,
 };
 use super::sidecar::OutboundMode;
 use super::virtual_service::HttpRetry;
@@ -392,7 +393,10 @@ impl MeshConfig {
                 if provider.name.is_empty() {
                     out.warning("name", "a provider without a name cannot be used");
                 } else if !names.insert(provider.name.as_str()) {
-                    out.warning("name", format!("provider {:?} is defined twice, the first is used", provider.name));
+                    out.warning(
+                        "name",
+                        format!("provider {:?} is defined twice, the first is used", provider.name),
+                    );
                 }
             });
         }
@@ -413,7 +417,12 @@ impl Validate for MeshProxyConfig {
         if let Some(drain) = self.termination_drain_duration {
             out.check("terminationDrainDuration", check::duration_or_zero(drain));
         }
-        if self.tracing.as_ref().and_then(|tracing| tracing.sampling).is_some_and(|p| !(0.0..=100.0).contains(&p)) {
+        if self
+            .tracing
+            .as_ref()
+            .and_then(|tracing| tracing.sampling)
+            .is_some_and(|p| !(0.0..=100.0).contains(&p))
+        {
             out.error("tracing.sampling", "must be in range [0.0, 100.0]");
         }
         if let Some(tls) = self.tracing.as_ref().and_then(|tracing| tracing.tls_settings.as_ref()) {
@@ -454,7 +463,10 @@ mod tests {
         )
         .unwrap();
         assert_eq!(mesh.outbound_mode(), OutboundMode::RegistryOnly);
-        assert_eq!((mesh.normalization(), mesh.trusted_proxies()), (NormalizationType::DecodeAndMergeSlashes, 2));
+        assert_eq!(
+            (mesh.normalization(), mesh.trusted_proxies()),
+            (NormalizationType::DecodeAndMergeSlashes, 2)
+        );
         let mut out = Findings::default();
         mesh.validate(&mut out);
         let paths: Vec<_> = out.iter().map(|finding| finding.path.as_str()).collect();

@@ -156,7 +156,10 @@ impl Sidecar {
                 match &listener.port {
                     // Of several without a port only one can be the last.
                     None if index + 1 != self.egress.len() => {
-                        out.error("port", "only one listener may have no port, and it must be the last in the list");
+                        out.error(
+                            "port",
+                            "only one listener may have no port, and it must be the last in the list",
+                        );
                     }
                     None => {}
                     Some(port) if port.number == 0 => {
@@ -212,7 +215,10 @@ impl Validate for IngressListener {
         }
         if let Some(tls) = &self.tls {
             if !port.is_tls() {
-                out.error("tls", "a listener cannot have TLS settings on a port that is neither HTTPS nor TLS");
+                out.error(
+                    "tls",
+                    "a listener cannot have TLS settings on a port that is neither HTTPS nor TLS",
+                );
             }
             out.within("tls", |out| ingress_tls(out, tls));
         }
@@ -278,7 +284,9 @@ impl Validate for EgressListener {
                     Some(path) => {
                         out.check("bind", check::unix_address(path));
                     }
-                    None => out.error("bind", "a port of the number 0 needs a unix domain socket as bind address"),
+                    None => {
+                        out.error("bind", "a port of the number 0 needs a unix domain socket as bind address")
+                    }
                 }
                 if self.capture_mode == CaptureMode::Iptables {
                     out.error("captureMode", "must be DEFAULT or NONE for a unix domain socket");
@@ -311,7 +319,8 @@ impl EgressListener {
                 continue;
             }
             let names = seen.entry(if namespace == "." { &own } else { namespace }).or_default();
-            let covered = if name == "*" { !names.is_empty() } else { names.contains(name) || names.contains("*") };
+            let covered =
+                if name == "*" { !names.is_empty() } else { names.contains(name) || names.contains("*") };
             if covered {
                 out.warning(&format!("hosts[{index}]"), format!("duplicated egress host {host:?}"));
             }
@@ -348,10 +357,13 @@ mod tests {
 
     #[test]
     fn sc_03_default_endpoints() {
-        for endpoint in ["127.0.0.1:80", "0.0.0.0:80", "[::1]:80", "[::]:80", ":80", "unix:///a", "unix://@a"] {
+        for endpoint in ["127.0.0.1:80", "0.0.0.0:80", "[::1]:80", "[::]:80", ":80", "unix:///a", "unix://@a"]
+        {
             assert_eq!(default_endpoint(endpoint), Ok(()), "{endpoint}");
         }
-        for endpoint in ["10.0.0.1:80", "127.0.0.1", "127.0.0.1:a", "127.0.0.1:0", "::1:80", "unix://a", "[::1]"] {
+        for endpoint in
+            ["10.0.0.1:80", "127.0.0.1", "127.0.0.1:a", "127.0.0.1:0", "::1:80", "unix://a", "[::1]"]
+        {
             assert!(default_endpoint(endpoint).is_err(), "{endpoint}");
         }
     }

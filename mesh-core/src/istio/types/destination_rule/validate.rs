@@ -392,7 +392,11 @@ fn is_prime(number: u64) -> bool {
 const TOPOLOGY_LABELS: [&str; 3] =
     ["topology.kubernetes.io/region", "topology.kubernetes.io/zone", "topology.istio.io/subzone"];
 
-pub(in crate::istio) fn locality_setting(out: &mut Findings, setting: &LocalityLbSetting, outlier_detection: bool) {
+pub(in crate::istio) fn locality_setting(
+    out: &mut Findings,
+    setting: &LocalityLbSetting,
+    outlier_detection: bool,
+) {
     if !setting.distribute.is_empty() && !setting.failover.is_empty() {
         out.error("failover", "only one of distribute and failover may be set");
     }
