@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use super::findings::Validate;
 use super::resource_set::{Body, Document, Resource, ResourceSet};
 use super::types;
+use super::types::mixer::{MixerResource, MixerRole};
 
 /// A kind of resource that the set can hold.
 pub trait Kind: DeserializeOwned + Validate {
@@ -29,6 +30,7 @@ macro_rules! kinds {
         #[derive(Debug, Default)]
         pub(super) struct Stores {
             $($field: Vec<Resource<$type>>,)*
+            mixer: Vec<Resource<MixerResource>>,
         }
 
         impl Stores {
@@ -38,10 +40,11 @@ macro_rules! kinds {
                     self.$field.sort_by(|a, b| a.meta.age_key().cmp(b.meta.age_key()));
                     self.$field.shrink_to_fit();
                 )*
+                self.mixer.sort_by(|a, b| a.meta.age_key().cmp(b.meta.age_key()));
             }
 
             pub(super) fn len(&self) -> usize {
-                [$(self.$field.len()),*].into_iter().sum()
+                [$(self.$field.len(),)* self.mixer.len()].into_iter().sum()
             }
         }
 
@@ -53,6 +56,12 @@ macro_rules! kinds {
                     &self.stores.$field
                 }
             )*
+
+            /// The resources of Istio 1.1's Mixer, of all of its kinds, oldest first.
+            #[must_use]
+            pub fn mixer(&self) -> &[Resource<MixerResource>] {
+                &self.stores.mixer
+            }
         }
 
         $(
@@ -70,6 +79,9 @@ macro_rules! kinds {
         pub(super) fn loader(group: &str, kind: &str) -> Option<fn(Document<'_, '_>, &mut Stores)> {
             match (group, kind) {
                 $(($group, $kind) => Some(|document, stores| stores.$field.extend(document.read(Body::$body))),)*
+                ("config.istio.io", kind) if MixerRole::of(kind).is_some() => {
+                    Some(|document, stores| stores.mixer.extend(document.read_mixer()))
+                }
                 _ => None,
             }
         }
@@ -81,4 +93,48 @@ kinds! {
     virtual_services: types::virtual_service::VirtualService => "networking.istio.io", "VirtualService", Spec;
     /// Destination rules, oldest first.
     destination_rules: types::destination_rule::DestinationRule => "networking.istio.io", "DestinationRule", Spec;
+    /// Gateways, oldest first.
+    gateways: types::gateway::Gateway => "networking.istio.io", "Gateway", Spec;
+    /// Service entries, oldest first.
+    service_entries: types::service_entry::ServiceEntry => "networking.istio.io", "ServiceEntry", Spec;
+    /// Workload entries, oldest first.
+    workload_entries: types::workload_entry::WorkloadEntry => "networking.istio.io", "WorkloadEntry", Spec;
+    /// Workload groups, oldest first.
+    workload_groups: types::workload_group::WorkloadGroup => "networking.istio.io", "WorkloadGroup", Spec;
+    /// Sidecars, oldest first.
+    sidecars: types::sidecar::Sidecar => "networking.istio.io", "Sidecar", Spec;
+    /// Envoy filters, which are not applied, oldest first.
+    envoy_filters: types::envoy_filter::EnvoyFilter => "networking.istio.io", "EnvoyFilter", Spec;
+    /// Proxy configurations, oldest first.
+    proxy_configs: types::proxy_config::ProxyConfig => "networking.istio.io", "ProxyConfig", Spec;
+    /// Authorization policies, oldest first.
+    authorization_policies: types::authorization_policy::AuthorizationPolicy => "security.istio.io", "AuthorizationPolicy", Spec;
+    /// Peer authentications, oldest first.
+    peer_authentications: types::peer_authentication::PeerAuthentication => "security.istio.io", "PeerAuthentication", Spec;
+    /// Request authentications, oldest first.
+    request_authentications: types::request_authentication::RequestAuthentication => "security.istio.io", "RequestAuthentication", Spec;
+    /// Telemetry settings, oldest first.
+    telemetries: types::telemetry::Telemetry => "telemetry.istio.io", "Telemetry", Spec;
+    /// WebAssembly plugins, oldest first.
+    wasm_plugins: types::wasm_plugin::WasmPlugin => "extensions.istio.io", "WasmPlugin", Spec;
+    /// WebAssembly and Lua extensions, oldest first.
+    traffic_extensions: types::traffic_extension::TrafficExtension => "extensions.istio.io", "TrafficExtension", Spec;
+    /// Kubernetes' services, oldest first.
+    services: types::kubernetes::ServiceSpec => "", "Service", Spec;
+    /// Kubernetes' endpoints, oldest first.
+    endpoints: types::kubernetes::Endpoints => "", "Endpoints", Root;
+    /// Kubernetes' endpoint slices, oldest first.
+    endpoint_slices: types::kubernetes::EndpointSlice => "discovery.k8s.io", "EndpointSlice", Root;
+    /// Istio 1.1's configuration of authorization, under its older name, oldest first.
+    rbac_configs: types::rbac::RbacConfig => "rbac.istio.io", "RbacConfig", Spec;
+    /// Istio 1.1's configuration of authorization, oldest first.
+    cluster_rbac_configs: types::rbac::ClusterRbacConfig => "rbac.istio.io", "ClusterRbacConfig", Spec;
+    /// Istio 1.1's roles, oldest first.
+    service_roles: types::rbac::ServiceRole => "rbac.istio.io", "ServiceRole", Spec;
+    /// Istio 1.1's role bindings, oldest first.
+    service_role_bindings: types::rbac::ServiceRoleBinding => "rbac.istio.io", "ServiceRoleBinding", Spec;
+    /// Istio 1.1's authentication policies, oldest first.
+    authentication_policies: types::authentication::AuthenticationPolicy => "authentication.istio.io", "Policy", Spec;
+    /// Istio 1.1's authentication policies of the mesh, oldest first.
+    mesh_policies: types::authentication::MeshPolicy => "authentication.istio.io", "MeshPolicy", Spec;
 }

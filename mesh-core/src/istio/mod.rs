@@ -8,6 +8,7 @@
 mod envelope;
 pub mod findings;
 mod kinds;
+mod mesh;
 mod resource_set;
 pub mod types;
 mod yaml;

@@ -8,9 +8,14 @@ use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
+
 use super::envelope::{self, Group, Metadata, UnknownKind};
 use super::findings::{Findings, Validate};
 use super::kinds::{self, Kind, Stores};
+use super::mesh;
+use super::types::mesh_config::MeshConfig;
+use super::types::mixer::{MixerResource, MixerSpec};
 use super::yaml::{self, Entry, Node, Problem, Value};
 use crate::diagnostics::{Diagnostic, Diagnostics, DocId, Documents, Position, ResourceName, Severity};
 use crate::documents::DocumentsBuilder;
@@ -108,6 +113,7 @@ pub struct Resource<T> {
 #[derive(Debug, Default)]
 pub struct ResourceSet {
     pub(super) stores: Stores,
+    mesh: Arc<MeshConfig>,
     documents: Arc<Documents>,
     skipped: BTreeMap<String, usize>,
 }
@@ -122,6 +128,20 @@ impl ResourceSet {
             loader.file(file);
         }
         loader.finish()
+    }
+
+    /// The settings of the mesh: those of [`with_mesh_config`](Self::with_mesh_config), else of a ConfigMap `istio` among
+    /// the files, else istiod's defaults.
+    #[must_use]
+    pub fn mesh_config(&self) -> &Arc<MeshConfig> {
+        &self.mesh
+    }
+
+    /// The same set under the settings of a file of their own ([`MeshConfig::load`]), which win over a ConfigMap.
+    #[must_use]
+    pub fn with_mesh_config(mut self, mesh: MeshConfig) -> Self {
+        self.mesh = Arc::new(mesh);
+        self
     }
 
     /// Every resource of kind `T`, oldest first.
@@ -168,7 +188,6 @@ pub(super) enum Body {
     /// In `spec`.
     Spec,
     /// Beside the envelope.
-    #[allow(dead_code, reason = "for kinds of Kubernetes, which the table lists")]
     Root,
 }
 
@@ -187,6 +206,7 @@ struct Loader<'o> {
     index: DocumentsBuilder,
     diagnostics: Vec<Diagnostic>,
     skipped: BTreeMap<String, usize>,
+    mesh: Option<(MeshConfig, Position)>,
     seen: HashMap<ResourceName, Position>,
 }
 
@@ -211,6 +231,7 @@ impl<'o> Loader<'o> {
             index: DocumentsBuilder::default(),
             diagnostics: Vec::new(),
             skipped: BTreeMap::new(),
+            mesh: None,
             seen: HashMap::new(),
         }
     }
@@ -220,7 +241,8 @@ impl<'o> Loader<'o> {
         let documents = Arc::new(self.index.build());
         let mut diagnostics = Diagnostics::about(Arc::clone(&documents));
         diagnostics.extend(self.diagnostics);
-        (ResourceSet { stores: self.stores, documents, skipped: self.skipped }, diagnostics)
+        let mesh = Arc::new(self.mesh.map(|(mesh, _)| mesh).unwrap_or_default());
+        (ResourceSet { stores: self.stores, mesh, documents, skipped: self.skipped }, diagnostics)
     }
 
     fn file(&mut self, file: &SourceFile) {
@@ -267,6 +289,9 @@ impl<'o> Loader<'o> {
         let Some(known) = Group::find(group) else {
             return self.skip(kind);
         };
+        if mesh::is_config_map(api_version, kind, node) {
+            return self.mesh_config_map(file, node);
+        }
         match kinds::loader(group, kind) {
             Some(load) if known.has_version(version) => self.resource(file, node, known, kind, load),
             Some(_) => {
@@ -285,6 +310,17 @@ impl<'o> Loader<'o> {
                 }
             },
         }
+    }
+
+    /// The ConfigMap from which istiod takes its settings. Of several the first counts.
+    fn mesh_config_map(&mut self, file: &Arc<str>, node: &Node) {
+        if let Some((_, first)) = &self.mesh {
+            let message = format!("the mesh was configured before, at {first}; this ConfigMap is ignored");
+            return self.push(Severity::Warning, file, None, at_key(node, "metadata", message));
+        }
+        let (mesh, diagnostics) = mesh::from_config_map(file, node);
+        self.diagnostics.extend(diagnostics);
+        self.mesh = mesh.map(|mesh| (mesh, position(file, node.line, node.column)));
     }
 
     fn header<'n>(&mut self, file: &Arc<str>, node: &'n Node, key: &str) -> Option<&'n str> {
@@ -384,8 +420,15 @@ impl<'o> Loader<'o> {
 }
 
 impl Document<'_, '_> {
+    /// Reads a resource of Mixer, which is the same for all of its kinds.
+    pub(super) fn read_mixer(self) -> Option<Resource<MixerResource>> {
+        let kind = self.resource.kind.to_string();
+        let Resource { doc, meta, position, spec } = self.read::<MixerSpec>(Body::Spec)?;
+        Some(Resource { doc, meta, position, spec: MixerResource { kind, spec: spec.spec } })
+    }
+
     /// Reads and validates the document's body; `None` if there is an error.
-    pub(super) fn read<T: Kind + Validate>(mut self, body: Body) -> Option<Resource<T>> {
+    pub(super) fn read<T: DeserializeOwned + Validate>(mut self, body: Body) -> Option<Resource<T>> {
         let before = self.diagnostics.len();
         let empty = Node::empty_map(self.node.line, self.node.column);
         let (node, path, skip) = match body {
@@ -439,7 +482,7 @@ impl Document<'_, '_> {
 }
 
 /// The text of a file that is small enough, UTF-8, and without a byte order mark.
-fn readable(file: &SourceFile, max_bytes: usize) -> Result<&str, Problem> {
+pub(super) fn readable(file: &SourceFile, max_bytes: usize) -> Result<&str, Problem> {
     let bytes = file.text.as_slice();
     if bytes.len() > max_bytes {
         let (line, column) = end_of(&bytes[..max_bytes]);
@@ -523,7 +566,7 @@ fn diagnostic(
     diagnostic
 }
 
-fn position(file: &Arc<str>, line: u32, column: u32) -> Position {
+pub(super) fn position(file: &Arc<str>, line: u32, column: u32) -> Position {
     Position { file: Arc::clone(file), line, column }
 }
 

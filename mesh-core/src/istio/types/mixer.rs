@@ -86,11 +86,19 @@ impl MixerRole {
 }
 
 /// One resource of Mixer.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(transparent)]
-pub struct MixerSpec {
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MixerResource {
+    /// The kind, of which [`MixerRole::of`] knows the role.
+    pub kind: String,
     /// The `spec`, as it was written.
     pub spec: Value,
+}
+
+/// The `spec` of a resource of Mixer.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(transparent)]
+pub(in crate::istio) struct MixerSpec {
+    pub(in crate::istio) spec: Value,
 }
 
 impl Validate for MixerSpec {

@@ -158,7 +158,10 @@ fn jwks_uri(uri: &str) -> Checked {
         return Err(format!("a url of {} bytes is too long (at most {MAX_JWKS_URI_LEN})", uri.len()));
     }
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    if authority.parse::<http::uri::Authority>().is_err() || uri.bytes().any(|byte| byte.is_ascii_control()) {
+    let parsed = authority.parse::<http::uri::Authority>();
+    let port = authority.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.ends_with(']'));
+    let fine = parsed.is_ok() && port.is_none_or(|port| port.parse::<u16>().is_ok());
+    if !fine || uri.bytes().any(|byte| byte.is_ascii_control()) {
         return Err(format!("{uri:?} is not a valid {scheme} url"));
     }
     Ok(())
