@@ -24,13 +24,13 @@ impl MeshConfig {
             Ok(text) => text,
             Err(problem) => return (None, vec![diagnostic(&file.name, Severity::Error, problem)]),
         };
-        let parsed = yaml::parse(text);
-        if !parsed.problems.is_empty() {
-            let errors = parsed.problems.into_iter();
+        let (documents, problems) = parse(text);
+        if !problems.is_empty() {
+            let errors = problems.into_iter();
             return (None, errors.map(|problem| diagnostic(&file.name, Severity::Error, problem)).collect());
         }
-        let [node] = parsed.documents.as_slice() else {
-            let what = if parsed.documents.is_empty() { "is empty" } else { "holds more than one document" };
+        let [node] = documents.as_slice() else {
+            let what = if documents.is_empty() { "is empty" } else { "holds more than one document" };
             let problem = Problem::new(format!("the file of the mesh's settings {what}"), 1, 1);
             return (None, vec![diagnostic(&file.name, Severity::Error, problem)]);
         };
@@ -70,17 +70,16 @@ pub(super) fn from_config_map(file: &Arc<str>, node: &Node) -> (Option<MeshConfi
         let problem = Problem { path, ..Problem::new("expected a text", value.line, value.column) };
         return (None, vec![diagnostic(file, Severity::Error, problem)]);
     };
-    let parsed = yaml::parse(text);
+    let (documents, problems) = parse(text);
     let before = value.line.saturating_sub(1);
-    let mut diagnostics: Vec<Diagnostic> = parsed
-        .problems
+    let mut diagnostics: Vec<Diagnostic> = problems
         .into_iter()
         .map(|problem| diagnostic(file, Severity::Error, moved(problem, before)))
         .collect();
     if !diagnostics.is_empty() {
         return (None, diagnostics);
     }
-    let Some(inner) = parsed.documents.first() else { return (Some(MeshConfig::default()), diagnostics) };
+    let Some(inner) = documents.first() else { return (Some(MeshConfig::default()), diagnostics) };
     let (mesh, found) = read(file, inner, before);
     diagnostics.extend(found);
     (mesh, diagnostics)
@@ -109,6 +108,14 @@ fn read(file: &Arc<str>, node: &Node, before: u32) -> (Option<MeshConfig>, Vec<D
         diagnostics.push(diagnostic(file, finding.severity, moved(problem, before)));
     }
     (valid.then_some(mesh), diagnostics)
+}
+
+/// Every document of a text, and what could not be read.
+fn parse(text: &str) -> (Vec<Node>, Vec<Problem>) {
+    let mut reader = yaml::Reader::new(text);
+    let documents = std::iter::from_fn(|| reader.document()).collect();
+    let problems = reader.problems();
+    (documents, problems)
 }
 
 /// Where the outermost field of `path` is written.

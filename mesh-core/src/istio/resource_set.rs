@@ -195,11 +195,6 @@ const ENVELOPE: &[&str] = &["apiVersion", "kind", "metadata", "status"];
 
 const ENVOY_FILTER: &str = "EnvoyFilter";
 
-/// What to do instead of patching a proxy that is not Envoy.
-const NOT_APPLIED: &str = "not applied: the patches are Envoy's own configuration; headers, faults, CORS and rewrites \
-    belong into a VirtualService, connection settings into a DestinationRule, access rules into an \
-    AuthorizationPolicy, logs and metrics into a Telemetry, and anything else into a tower layer";
-
 struct Loader<'o> {
     options: &'o LoadOptions,
     stores: Stores,
@@ -351,9 +346,6 @@ impl<'o> Loader<'o> {
             problems.push(at_key(node, "metadata", message));
         } else {
             self.seen.insert(resource.clone(), position);
-        }
-        if kind == ENVOY_FILTER {
-            self.push(Severity::Warning, file, Some(resource.clone()), at_key(node, "kind", NOT_APPLIED));
         }
         let report_unhonoured = !group.is_kubernetes() && kind != ENVOY_FILTER;
         let doc = self.index(file, node, resource.clone(), group.security, report_unhonoured);

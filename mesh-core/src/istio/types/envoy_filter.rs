@@ -218,10 +218,18 @@ const EQUIVALENTS: [(&str, &str); 7] = [
     ("filters.http.lua", "VirtualService http[].headers for header edits, else a tower layer"),
 ];
 
+/// What to do instead where no filter's name tells.
+const OTHERWISE: &str = "headers, faults, CORS and rewrites belong into a VirtualService, connection settings into a \
+    DestinationRule, access rules into an AuthorizationPolicy, logs and metrics into a Telemetry, and anything else \
+    into a tower layer";
+
 impl Validate for EnvoyFilter {
     fn validate(&self, out: &mut Findings) {
         target::metadata(out, false);
-        out.warning("", format!("not applied: there is no Envoy here; {}", self.equivalent()));
+        out.warning(
+            "",
+            format!("not applied: the patches are Envoy's own configuration; {}", self.equivalent()),
+        );
         target::networking_selector(out, self.workload_selector.as_ref());
         if self.workload_selector.is_some() && !self.target_refs.is_empty() {
             out.error("", "only one of targetRefs and workloadSelector can be set");
@@ -243,7 +251,7 @@ impl EnvoyFilter {
             found.extend(equivalent.filter(|what| !found.contains(what)));
         }
         if found.is_empty() {
-            return "use the fields of VirtualService and DestinationRule, or a tower layer".to_owned();
+            return OTHERWISE.to_owned();
         }
         format!("use {}", found.join("; "))
     }

@@ -153,25 +153,19 @@ impl Sidecar {
         let mut sockets = BTreeSet::new();
         for (index, listener) in self.egress.iter().enumerate() {
             out.item("egress", index, |out| {
-                match &listener.port {
-                    // Of several without a port only one can be the last.
-                    None if index + 1 != self.egress.len() => {
-                        out.error(
-                            "port",
-                            "only one listener may have no port, and it must be the last in the list",
-                        );
-                    }
-                    None => {}
-                    Some(port) if port.number == 0 => {
-                        if !sockets.insert(listener.bind.as_str()) {
-                            out.error("bind", "unix domain sockets of listeners must be unique");
-                        }
-                    }
-                    Some(port) => {
-                        if !ports.insert(port.number) {
-                            out.error("port.number", "ports on IP bound listeners must be unique");
-                        }
-                    }
+                let number = listener.port.as_ref().map(|port| port.number);
+                // Of several without a port only one can be the last.
+                if number.is_none() && index + 1 != self.egress.len() {
+                    out.error(
+                        "port",
+                        "only one listener may have no port, and it must be the last in the list",
+                    );
+                }
+                if number == Some(0) && !sockets.insert(listener.bind.as_str()) {
+                    out.error("bind", "unix domain sockets of listeners must be unique");
+                }
+                if number.is_some_and(|number| number != 0 && !ports.insert(number)) {
+                    out.error("port.number", "ports on IP bound listeners must be unique");
                 }
                 listener.validate(out);
             });
