@@ -6,6 +6,7 @@ mod cidr;
 mod header;
 mod host;
 mod query;
+pub(crate) mod re2;
 mod string;
 
 pub use cidr::{CidrSet, InvalidCidr};

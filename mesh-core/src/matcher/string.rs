@@ -78,11 +78,12 @@ impl StringMatcher {
         if length > MAX_PATTERN {
             return Err(InvalidPattern::TooLong(length));
         }
+        let translated = super::re2::translate(pattern).map_err(InvalidPattern::Syntax)?;
         // Compiled alone first: `a)(b` must not become sound by the group that is put around it.
         let compile = |pattern: &str| RegexBuilder::new(pattern).size_limit(SIZE_LIMIT).build();
-        compile(pattern).map_err(|error| InvalidPattern::Syntax(error.to_string()))?;
+        compile(&translated).map_err(|error| InvalidPattern::Syntax(error.to_string()))?;
         let full =
-            compile(&full_match(pattern)).map_err(|error| InvalidPattern::Syntax(error.to_string()))?;
+            compile(&full_match(&translated)).map_err(|error| InvalidPattern::Syntax(error.to_string()))?;
         Ok(Self(Kind::Regex { full, pattern: pattern.into() }))
     }
 
@@ -142,11 +143,11 @@ impl StringMatcher {
         }
     }
 
-    /// The expression of a regular expression, as it was written.
+    /// The expression of a regular expression, in the syntax of the regex crate and anchored at both ends.
     #[must_use]
     pub fn as_regex(&self) -> Option<&str> {
         match &self.0 {
-            Kind::Regex { pattern, .. } => Some(pattern),
+            Kind::Regex { full, .. } => Some(full.as_str()),
             _ => None,
         }
     }

@@ -11,6 +11,7 @@ use regex::RegexBuilder;
 
 use super::common::{Duration, StringMatch};
 use crate::istio::findings::Findings;
+use crate::matcher::re2;
 
 /// What a judgement says: fine, or why not.
 pub type Checked = Result<(), String>;
@@ -304,7 +305,9 @@ pub fn regex(expression: &str) -> Checked {
     if expression.len() > MAX_REGEX_LEN {
         return Err(format!("regex of {} bytes is too long (at most {MAX_REGEX_LEN})", expression.len()));
     }
-    match RegexBuilder::new(expression).size_limit(MAX_REGEX_SIZE).build() {
+    let translated =
+        re2::translate(expression).map_err(|reason| format!("regex {expression:?} is invalid: {reason}"))?;
+    match RegexBuilder::new(&translated).size_limit(MAX_REGEX_SIZE).build() {
         Ok(_) => Ok(()),
         Err(regex::Error::CompiledTooBig(_)) => {
             Err(format!("regex {expression:?} is too large when compiled (at most {MAX_REGEX_SIZE} bytes)"))
