@@ -163,7 +163,7 @@ const HTTP_ROUTES: &[&str] = &[
     "$, corsPolicy: {maxAge: 1500ms}",
     "$, corsPolicy: {allowCredentials: maybe}",
     "$, corsPolicy: {unmatchedPreflights: DROP}",
-    "$, websocketUpgrade: true",
+    "$, websockets: true",
 ];
 
 /// The spec of a VirtualService.

@@ -63,6 +63,8 @@ pub struct HttpRoute {
     pub cors_policy: Option<Box<CorsPolicy>>,
     /// Header operations for every destination.
     pub headers: Option<Box<Headers>>,
+    /// Of Istio 1.1 and without effect even there: every route allows upgrades.
+    pub websocket_upgrade: Option<bool>,
 }
 
 /// A condition; all of its parts must hold (VS-M01 … VS-M15).

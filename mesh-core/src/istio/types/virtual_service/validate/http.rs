@@ -56,6 +56,9 @@ pub(super) fn route(out: &mut Findings, route: &HttpRoute, in_delegate: bool, fo
         });
     }
     total_weight(out, route.route.iter().map(|to| to.weight));
+    if route.websocket_upgrade.is_some() {
+        out.warning_code("websocketUpgrade", "deprecated; every route allows upgrades", DEPRECATED);
+    }
     if let Some(timeout) = route.timeout {
         out.check("timeout", check::duration(timeout));
     }
