@@ -2,25 +2,30 @@
 //!
 //! A [`RouteTable`] is the compiled model: made in Rust ([`RouteTable::builder`]) or from Istio YAML (feature `istio`).
 //! [`SelectRouteLayer`] pins the route that takes a request, [`HeadersLayer`] applies its header operations, and
-//! `Dispatch` sends the request to one of its clusters, redirects, or answers. [`explain`] says why.
+//! [`dispatch()`] sends the request to one of its clusters, redirects, or answers. [`explain`] says why.
 #![forbid(unsafe_code)]
 
 pub mod balance;
 mod builder;
 mod cluster;
+mod connect;
 mod direct_response;
+mod dispatch;
 mod endpoint;
 mod explain;
 pub mod headers;
 mod headers_layer;
 mod index;
+mod pool;
 mod redirect;
 mod request_view;
 mod rewrite;
 mod route;
 mod runtime;
 pub mod select;
+mod shard;
 mod table;
+mod timeout;
 mod weighted;
 
 pub use builder::{BuildError, RouteBuilder, RouteTableBuilder};
@@ -29,6 +34,7 @@ pub use cluster::{
     UpstreamProtocol,
 };
 pub use direct_response::DirectResponse;
+pub use dispatch::dispatch;
 pub use endpoint::{Endpoint, EndpointSet};
 pub use explain::{Decision, Explanation, PassedOver, explain};
 pub use headers::HeaderOps;
@@ -39,5 +45,6 @@ pub use rewrite::{PathRewrite, RegexRewrite, Rewrite};
 pub use route::{ActionKind, Destination, Forward, Route, RouteAction, RouteMatch, Unmet};
 pub use runtime::{ClusterRuntime, Clusters};
 pub use select::{SelectRoute, SelectRouteLayer};
+pub use shard::Shard;
 pub use table::{KeyedBy, Lookup, RouteTable, VirtualHost};
 pub use weighted::{InvalidWeights, Weighted};

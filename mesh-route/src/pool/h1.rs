@@ -1,0 +1,222 @@
+//! HTTP/1.1: one request at a time on a connection, the last one used first.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use mesh_core::{Body, ConnectTarget, Error};
+use tokio::sync::oneshot;
+
+use super::{ConnMeta, Slot, exchange_error, pending};
+use crate::cluster::ClusterSpec;
+use crate::connect::{Connected, connect};
+use crate::endpoint::Endpoint;
+use crate::runtime::ClusterRuntime;
+use crate::shard::Shard;
+
+/// The connections of one shard to one endpoint.
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    idle: Vec<Idle>,
+    waiters: VecDeque<oneshot::Sender<Conn>>,
+    open: usize,
+}
+
+#[derive(Debug)]
+pub(crate) struct Idle {
+    conn: Conn,
+    since: Instant,
+}
+
+#[derive(Debug)]
+struct Conn {
+    sender: http1::SendRequest<Body>,
+    meta: ConnMeta,
+}
+
+/// A connection that one request has to itself.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    conn: Conn,
+    endpoint: u64,
+    shard: Arc<Shard>,
+}
+
+impl Pool {
+    /// Moves expired connections out; whether the pool is still needed.
+    pub(crate) fn sweep(&mut self, now: Instant, expired: &mut Vec<Idle>) -> bool {
+        expired.extend(self.idle.extract_if(.., |idle| !idle.is_usable(now)));
+        self.waiters.retain(|waiter| !waiter.is_closed());
+        self.open > 0 || !self.idle.is_empty() || !self.waiters.is_empty()
+    }
+
+    fn checkout(&mut self, now: Instant) -> Option<Conn> {
+        let mut at = self.idle.len();
+        while at > 0 {
+            at -= 1;
+            let idle = &self.idle[at];
+            if !idle.is_usable(now) {
+                self.idle.swap_remove(at);
+            } else if idle.conn.sender.is_ready() {
+                // Not `swap_remove`: the last one used stays last.
+                return Some(self.idle.remove(at).conn);
+            }
+        }
+        None
+    }
+
+    fn give_back(&mut self, mut conn: Conn, now: Instant) {
+        while let Some(waiter) = self.waiters.pop_front() {
+            match waiter.send(conn) {
+                Ok(()) => return,
+                Err(back) => conn = back,
+            }
+        }
+        self.idle.push(Idle { conn, since: now });
+    }
+}
+
+impl Idle {
+    fn is_usable(&self, now: Instant) -> bool {
+        !self.conn.sender.is_closed()
+            && self.conn.meta.is_fresh(|| now)
+            && self
+                .conn
+                .meta
+                .idle_timeout
+                .is_none_or(|timeout| now.saturating_duration_since(self.since) < timeout)
+    }
+}
+
+impl Lease {
+    /// An idle connection, if there is one.
+    pub(crate) fn idle(shard: &Arc<Shard>, endpoint: &Endpoint) -> Option<Self> {
+        let now = mesh_core::clock::now();
+        let conn = shard.lock().h1.get_mut(&endpoint.id())?.checkout(now)?;
+        Some(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) })
+    }
+
+    /// A connection: an idle one, a new one, or one that another request gives back when no more may be made.
+    pub(crate) async fn acquire(
+        shard: &Arc<Shard>,
+        runtime: &Arc<ClusterRuntime>,
+        spec: &ClusterSpec,
+        endpoint: &Arc<Endpoint>,
+    ) -> Result<Self, Error> {
+        if let Some(lease) = Self::idle(shard, endpoint) {
+            return Ok(lease);
+        }
+        let _pending = pending(runtime, &spec.pool)?;
+        loop {
+            let mut freed = std::pin::pin!(runtime.freed.notified());
+            // From here on a slot that becomes free is not missed.
+            freed.as_mut().enable();
+            let first = shard.lock().h1.entry(endpoint.id()).or_default().open == 0;
+            if let Some(slot) = Slot::acquire(runtime, endpoint, &spec.pool, first) {
+                return Self::make(shard, spec, endpoint, slot).await;
+            }
+            let waiting = {
+                let mut inner = shard.lock();
+                let pool = inner.h1.entry(endpoint.id()).or_default();
+                if let Some(conn) = pool.checkout(mesh_core::clock::now()) {
+                    return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
+                }
+                let (give, waiting) = oneshot::channel();
+                pool.waiters.push_back(give);
+                waiting
+            };
+            let mut waiting = Waiting { receiver: waiting, endpoint: endpoint.id(), shard };
+            tokio::select! {
+                Ok(mut conn) = &mut waiting.receiver => {
+                    if conn.sender.ready().await.is_ok() && conn.meta.is_fresh(mesh_core::clock::now) {
+                        return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
+                    }
+                }
+                () = freed => {}
+            }
+        }
+    }
+
+    async fn make(
+        shard: &Arc<Shard>,
+        spec: &ClusterSpec,
+        endpoint: &Arc<Endpoint>,
+        slot: Slot,
+    ) -> Result<Self, Error> {
+        let opened = Opened::new(shard, endpoint.id(), slot);
+        let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
+        let Connected { stream, local } = connect(&target, &spec.pool).await?;
+        let (sender, connection) =
+            http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(exchange_error)?;
+        tokio::spawn(async move {
+            // What ends it is seen by whoever holds the sender.
+            let _ = connection.with_upgrades().await;
+            drop(opened);
+        });
+        shard.sweep();
+        let conn = Conn { sender, meta: ConnMeta::new(local, &spec.pool) };
+        Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) })
+    }
+
+    /// hyper's handle, for one request.
+    pub(crate) fn sender(&mut self) -> &mut http1::SendRequest<Body> {
+        &mut self.conn.sender
+    }
+
+    /// What the connection is.
+    pub(crate) fn meta(&mut self) -> &mut ConnMeta {
+        &mut self.conn.meta
+    }
+
+    /// Gives the connection back when the response has ended whole. Dropping the lease instead closes it.
+    pub(crate) fn give_back(self) {
+        if self.conn.sender.is_closed() || !self.conn.meta.is_fresh(mesh_core::clock::now) {
+            return;
+        }
+        let now = mesh_core::clock::now();
+        let mut inner = self.shard.lock();
+        inner.h1.entry(self.endpoint).or_default().give_back(self.conn, now);
+    }
+}
+
+/// A place in the queue. A connection that was handed over while the request was cancelled goes to the next.
+struct Waiting<'s> {
+    receiver: oneshot::Receiver<Conn>,
+    endpoint: u64,
+    shard: &'s Arc<Shard>,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.receiver.close();
+        if let Ok(conn) = self.receiver.try_recv() {
+            Lease { conn, endpoint: self.endpoint, shard: Arc::clone(self.shard) }.give_back();
+        }
+    }
+}
+
+/// Counts a connection of this shard until it has ended.
+struct Opened {
+    shard: std::sync::Weak<Shard>,
+    endpoint: u64,
+    _slot: Slot,
+}
+
+impl Opened {
+    fn new(shard: &Arc<Shard>, endpoint: u64, slot: Slot) -> Self {
+        shard.lock().h1.entry(endpoint).or_default().open += 1;
+        Self { shard: Arc::downgrade(shard), endpoint, _slot: slot }
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        if let Some(shard) = self.shard.upgrade()
+            && let Some(pool) = shard.lock().h1.get_mut(&self.endpoint)
+        {
+            pool.open = pool.open.saturating_sub(1);
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! HTTP/2: many requests on a connection; another connection only when the streams of all are taken.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use mesh_core::{Body, ConnectTarget, Error};
+use pin_project::pin_project;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use super::{ConnMeta, Slot, exchange_error, pending};
+use crate::cluster::ClusterSpec;
+use crate::connect::{Connected, connect};
+use crate::endpoint::Endpoint;
+use crate::runtime::ClusterRuntime;
+use crate::shard::Shard;
+
+/// Receive window of a stream; of a connection it is sixteen times that.
+const STREAM_WINDOW: u32 = 64 * 1024;
+
+/// The connections of one shard to one endpoint.
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    conns: Vec<Conn>,
+    connecting: usize,
+    changed: Arc<Notify>,
+}
+
+#[derive(Debug)]
+struct Conn {
+    sender: http2::SendRequest<Body>,
+    streams: Arc<AtomicU32>,
+    max_streams: u32,
+    /// What the peer's settings allow now.
+    allowed: Arc<AtomicU32>,
+    meta: ConnMeta,
+    idle_since: Instant,
+}
+
+/// One stream of a connection.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    sender: http2::SendRequest<Body>,
+    local: Option<std::net::SocketAddr>,
+    _stream: Stream,
+}
+
+#[derive(Debug)]
+struct Stream {
+    streams: Arc<AtomicU32>,
+    changed: Arc<Notify>,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.streams.fetch_sub(1, Ordering::Relaxed);
+        self.changed.notify_one();
+    }
+}
+
+impl Pool {
+    /// Closes connections that have been idle for too long; whether the pool is still needed.
+    pub(crate) fn sweep(&mut self, now: Instant) -> bool {
+        self.conns.retain_mut(|conn| {
+            if conn.streams.load(Ordering::Relaxed) > 0 {
+                conn.idle_since = now;
+                return true;
+            }
+            let idle = now.saturating_duration_since(conn.idle_since);
+            !conn.sender.is_closed()
+                && conn.meta.is_fresh(|| now)
+                && conn.meta.idle_timeout.is_none_or(|timeout| idle < timeout)
+        });
+        self.connecting > 0 || !self.conns.is_empty()
+    }
+
+    fn checkout(&mut self) -> Option<Lease> {
+        let now = mesh_core::clock::now();
+        // A connection that takes no more requests goes; its streams end by themselves.
+        self.conns.retain(|conn| !conn.sender.is_closed() && conn.meta.is_fresh(|| now));
+        let conn = self.conns.iter_mut().find(|conn| {
+            let allowed = conn.allowed.load(Ordering::Relaxed).min(conn.max_streams);
+            conn.sender.is_ready() && conn.streams.load(Ordering::Relaxed) < allowed
+        })?;
+        conn.streams.fetch_add(1, Ordering::Relaxed);
+        conn.meta.served = conn.meta.served.saturating_add(1);
+        conn.idle_since = now;
+        Some(Lease {
+            sender: conn.sender.clone(),
+            local: conn.meta.local,
+            _stream: Stream { streams: Arc::clone(&conn.streams), changed: Arc::clone(&self.changed) },
+        })
+    }
+}
+
+impl Lease {
+    /// A stream on an open connection, if one has room.
+    pub(crate) fn idle(shard: &Shard, endpoint: &Endpoint) -> Option<Self> {
+        shard.lock().h2.get_mut(&endpoint.id())?.checkout()
+    }
+
+    /// A stream: on an open connection, on one that is being made, or on a new one.
+    pub(crate) async fn acquire(
+        shard: &Arc<Shard>,
+        runtime: &Arc<ClusterRuntime>,
+        spec: &ClusterSpec,
+        endpoint: &Arc<Endpoint>,
+    ) -> Result<Self, Error> {
+        if let Some(lease) = Self::idle(shard, endpoint) {
+            return Ok(lease);
+        }
+        let _pending = pending(runtime, &spec.pool)?;
+        loop {
+            let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
+            let mut changed = std::pin::pin!(changed.notified());
+            let mut freed = std::pin::pin!(runtime.freed.notified());
+            // From here on nothing that changes is missed.
+            changed.as_mut().enable();
+            freed.as_mut().enable();
+            let (connecting, first) = {
+                let mut inner = shard.lock();
+                let pool = inner.h2.entry(endpoint.id()).or_default();
+                if let Some(lease) = pool.checkout() {
+                    // One notification wakes one request; there may be room for the next.
+                    pool.changed.notify_one();
+                    return Ok(lease);
+                }
+                (pool.connecting > 0, pool.conns.is_empty())
+            };
+            if !connecting && let Some(slot) = Slot::acquire(runtime, endpoint, &spec.pool, first) {
+                Self::make(shard, spec, endpoint, slot).await?;
+                continue;
+            }
+            tokio::select! {
+                () = changed => {}
+                () = freed => {}
+            }
+        }
+    }
+
+    async fn make(
+        shard: &Arc<Shard>,
+        spec: &ClusterSpec,
+        endpoint: &Arc<Endpoint>,
+        slot: Slot,
+    ) -> Result<(), Error> {
+        let connecting = Connecting::new(shard, endpoint.id());
+        let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
+        let Connected { stream, local } = connect(&target, &spec.pool).await?;
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(STREAM_WINDOW * 16)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(exchange_error)?;
+        let allowed = Arc::new(AtomicU32::new(u32::MAX));
+        let changed = shard.lock().h2.get(&endpoint.id()).map(|pool| Arc::clone(&pool.changed));
+        let driver = Driver { connection, allowed: Arc::clone(&allowed), changed };
+        tokio::spawn(async move {
+            // What ends it is seen by whoever holds a sender.
+            let _ = driver.await;
+            drop(slot);
+        });
+        shard.sweep();
+        if let Some(pool) = shard.lock().h2.get_mut(&endpoint.id()) {
+            pool.conns.push(Conn {
+                sender,
+                streams: Arc::default(),
+                max_streams: spec.pool.max_concurrent_streams.max(1),
+                allowed,
+                meta: ConnMeta::new(local, &spec.pool),
+                idle_since: mesh_core::clock::now(),
+            });
+        }
+        drop(connecting);
+        Ok(())
+    }
+
+    /// hyper's handle.
+    pub(crate) fn sender(&mut self) -> &mut http2::SendRequest<Body> {
+        &mut self.sender
+    }
+
+    /// Our end of the connection.
+    pub(crate) fn local(&self) -> Option<std::net::SocketAddr> {
+        self.local
+    }
+}
+
+/// Drives a connection and publishes how many streams the peer allows.
+#[pin_project]
+struct Driver<C> {
+    #[pin]
+    connection: C,
+    allowed: Arc<AtomicU32>,
+    changed: Option<Arc<Notify>>,
+}
+
+type Http2Connection = http2::Connection<TokioIo<TcpStream>, Body, TokioExecutor>;
+
+impl Future for Driver<Http2Connection> {
+    type Output = hyper::Result<()>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        let ended = this.connection.as_mut().poll(cx);
+        let allowed = u32::try_from(this.connection.current_max_send_streams()).unwrap_or(u32::MAX);
+        if this.allowed.swap(allowed, Ordering::Relaxed) < allowed
+            && let Some(changed) = this.changed
+        {
+            changed.notify_waiters();
+        }
+        ended
+    }
+}
+
+/// One connection being made; whoever waits for it hears of its end, good or bad.
+struct Connecting<'s> {
+    shard: &'s Shard,
+    endpoint: u64,
+}
+
+impl<'s> Connecting<'s> {
+    fn new(shard: &'s Shard, endpoint: u64) -> Self {
+        shard.lock().h2.entry(endpoint).or_default().connecting += 1;
+        Self { shard, endpoint }
+    }
+}
+
+impl Drop for Connecting<'_> {
+    fn drop(&mut self) {
+        if let Some(pool) = self.shard.lock().h2.get_mut(&self.endpoint) {
+            pool.connecting = pool.connecting.saturating_sub(1);
+            pool.changed.notify_waiters();
+        }
+    }
+}

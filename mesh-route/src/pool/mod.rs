@@ -1,0 +1,158 @@
+//! Connections to endpoints, kept for the next request.
+//!
+//! One pool per endpoint, protocol and shard, over `hyper::client::conn`. A connection belongs to the shard that made
+//! it; what is counted (connections and pending requests of a cluster) is counted for the whole process.
+//!
+//! A request that meets a connection which died while idle is recovered from hyper's `TrySendError`: it was provably
+//! not written, so it goes to another connection. A request that may have been written never does.
+
+pub(crate) mod h1;
+pub(crate) mod h2;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::{Duration, Instant};
+
+use http::{HeaderName, HeaderValue, StatusCode};
+use mesh_core::{Error, ErrorKind, ResponseFlags};
+
+use crate::cluster::PoolSettings;
+use crate::endpoint::Endpoint;
+use crate::runtime::{ClusterRuntime, Permit};
+
+/// Says in a reply that a limit of ours refused the request.
+const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
+
+/// What a connection is, beside hyper's handle.
+#[derive(Debug)]
+pub(crate) struct ConnMeta {
+    pub(crate) local: Option<SocketAddr>,
+    pub(crate) expires: Option<Instant>,
+    pub(crate) idle_timeout: Option<Duration>,
+    pub(crate) max_requests: u32,
+    pub(crate) served: u32,
+}
+
+impl ConnMeta {
+    fn new(local: Option<SocketAddr>, settings: &PoolSettings) -> Self {
+        Self {
+            local,
+            expires: settings.max_connection_duration.map(|duration| mesh_core::clock::now() + duration),
+            idle_timeout: settings.idle_timeout,
+            max_requests: settings.max_requests_per_connection.unwrap_or(u32::MAX),
+            served: 0,
+        }
+    }
+
+    /// Whether it may take another request.
+    fn is_fresh(&self, now: impl FnOnce() -> Instant) -> bool {
+        self.served < self.max_requests && self.expires.is_none_or(|expires| now() < expires)
+    }
+}
+
+/// Counts an open connection in its cluster and at its endpoint; given back when it is dropped.
+#[derive(Debug)]
+struct Slot {
+    runtime: Arc<ClusterRuntime>,
+    endpoint: Arc<Endpoint>,
+    permit: Option<Permit>,
+}
+
+impl Slot {
+    /// Takes a slot below the limit; `first` says that the shard has no connection to the endpoint, and may always
+    /// have one, so that no worker starves.
+    fn acquire(
+        runtime: &Arc<ClusterRuntime>,
+        endpoint: &Arc<Endpoint>,
+        settings: &PoolSettings,
+        first: bool,
+    ) -> Option<Self> {
+        let counter: fn(&ClusterRuntime) -> &AtomicU32 = |runtime| &runtime.connections;
+        let permit = match Permit::acquire(runtime, counter, settings.max_connections) {
+            Some(permit) => permit,
+            None if first => Permit::force(runtime, counter),
+            None => return None,
+        };
+        endpoint.connections_counter().fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Some(Self { runtime: Arc::clone(runtime), endpoint: Arc::clone(endpoint), permit: Some(permit) })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.endpoint.connections_counter().fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+        // The slot must be free before anyone who waits for it is told.
+        self.permit = None;
+        self.runtime.freed.notify_waiters();
+    }
+}
+
+/// A place among the requests that wait for a connection.
+fn pending(runtime: &Arc<ClusterRuntime>, settings: &PoolSettings) -> Result<Permit, Error> {
+    Permit::acquire(runtime, |runtime| &runtime.pending, settings.max_pending_requests)
+        .ok_or_else(|| overflow(runtime))
+}
+
+/// A limit of the cluster refuses the request: 503 `UO`.
+pub(crate) fn overflow(runtime: &ClusterRuntime) -> Error {
+    runtime.overflows.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    Error::new(
+        ErrorKind::Overflow,
+        StatusCode::SERVICE_UNAVAILABLE,
+        ResponseFlags::UPSTREAM_OVERFLOW,
+        "upstream_reset_before_response_started{overflow}",
+    )
+    .with_header(OVERLOADED, HeaderValue::from_static("true"))
+    .with_body("upstream connect error or disconnect/reset before headers. reset reason: overflow")
+}
+
+/// What hyper says of an exchange that failed after the request may have been written.
+pub(crate) fn exchange_error(error: hyper::Error) -> Error {
+    let mut kind = ErrorKind::UpstreamReset;
+    let (status, flags, reason) = if error.is_parse() || error.is_parse_too_large() {
+        kind = ErrorKind::UpstreamProtocol;
+        (StatusCode::BAD_GATEWAY, ResponseFlags::UPSTREAM_PROTOCOL_ERROR, "protocol_error")
+    } else if let Some(reset) = h2_error(&error) {
+        if reset.reason() == Some(::h2::Reason::REFUSED_STREAM) || reset.is_go_away() {
+            kind = ErrorKind::RefusedStream;
+        }
+        let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+        if reset.is_io() {
+            (unavailable, ResponseFlags::UPSTREAM_CONNECTION_TERMINATION, "connection_termination")
+        } else if reset.is_remote() {
+            (unavailable, ResponseFlags::UPSTREAM_REMOTE_RESET, "remote_reset")
+        } else {
+            kind = ErrorKind::UpstreamProtocol;
+            (StatusCode::BAD_GATEWAY, ResponseFlags::UPSTREAM_PROTOCOL_ERROR, "protocol_error")
+        }
+    } else {
+        if let Some(downstream) = downstream_error(&error) {
+            return downstream;
+        }
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            ResponseFlags::UPSTREAM_CONNECTION_TERMINATION,
+            "connection_termination",
+        )
+    };
+    Error::new(kind, status, flags, format!("upstream_reset_before_response_started{{{reason}}}"))
+        .with_body(format!(
+            "upstream connect error or disconnect/reset before headers. reset reason: {}",
+            reason.replace('_', " ")
+        ))
+        .with_source(error)
+}
+
+/// The body of the request failed: the downstream did, not the upstream.
+fn downstream_error(error: &hyper::Error) -> Option<Error> {
+    let source = std::error::Error::source(error)?.downcast_ref::<Error>()?;
+    Some(
+        Error::new(source.kind(), source.status(), source.flags(), source.details().to_owned())
+            .with_source(source.to_string()),
+    )
+}
+
+fn h2_error(error: &hyper::Error) -> Option<&::h2::Error> {
+    std::error::Error::source(error)?.downcast_ref()
+}

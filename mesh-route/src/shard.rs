@@ -1,0 +1,104 @@
+//! What one worker owns: pools, balancer cursors, random numbers.
+//!
+//! A proxy has one shard per worker thread; a program that embeds [`dispatch`](crate::dispatch) has one per built
+//! stack. The mutex is held for a few map operations and never across an await. In a proxy only the worker's own
+//! thread takes it; embedded in a multi-threaded runtime, tasks of the same stack share it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
+
+use crate::balance;
+use crate::cluster::BalancerKind;
+use crate::endpoint::{Endpoint, EndpointSet};
+use crate::pool::{h1, h2};
+use crate::runtime::ClusterRuntime;
+
+/// How often idle connections are looked through.
+const SWEEP: Duration = Duration::from_secs(5);
+
+/// The state of one worker's dispatching.
+#[derive(Debug)]
+pub struct Shard {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) rng: SmallRng,
+    pub(crate) h1: HashMap<u64, h1::Pool, foldhash::fast::RandomState>,
+    pub(crate) h2: HashMap<u64, h2::Pool, foldhash::fast::RandomState>,
+    cursors: HashMap<u64, usize, foldhash::fast::RandomState>,
+    sweeping: bool,
+}
+
+impl Shard {
+    /// A shard whose random numbers start from the operating system.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Self::seeded(rand::random())
+    }
+
+    /// A shard whose random numbers start from `seed`, so that its choices can be replayed.
+    #[must_use]
+    pub fn seeded(seed: u64) -> Arc<Self> {
+        Arc::new(Self {
+            inner: Mutex::new(Inner {
+                rng: SmallRng::seed_from_u64(seed),
+                h1: HashMap::default(),
+                h2: HashMap::default(),
+                cursors: HashMap::default(),
+                sweeping: false,
+            }),
+        })
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn pick(
+        &self,
+        kind: BalancerKind,
+        runtime: &ClusterRuntime,
+        endpoints: &EndpointSet,
+    ) -> Option<Arc<Endpoint>> {
+        let inner = &mut *self.lock();
+        if kind == BalancerKind::RoundRobin {
+            // Workers begin at different places, or each would send its first request to the same endpoint.
+            let cursor =
+                inner.cursors.entry(runtime.id()).or_insert_with(|| inner.rng.random_range(0..1 << 20));
+            return balance::pick(kind, endpoints, cursor, &mut inner.rng).cloned();
+        }
+        balance::pick(kind, endpoints, &mut 0, &mut inner.rng).cloned()
+    }
+
+    /// Starts looking through idle connections, once per shard, on the current runtime.
+    pub(crate) fn sweep(self: &Arc<Self>) {
+        let mut inner = self.lock();
+        if !inner.sweeping {
+            inner.sweeping = true;
+            drop(inner);
+            tokio::spawn(sweep(Arc::downgrade(self)));
+        }
+    }
+}
+
+async fn sweep(shard: Weak<Shard>) {
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        let Some(shard) = shard.upgrade() else { return };
+        let now = mesh_core::clock::now();
+        let mut expired = Vec::new();
+        {
+            let mut inner = shard.lock();
+            inner.h1.retain(|_, pool| pool.sweep(now, &mut expired));
+            inner.h2.retain(|_, pool| pool.sweep(now));
+        }
+        // Connections close outside the lock.
+        drop(expired);
+    }
+}
