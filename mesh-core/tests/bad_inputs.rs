@@ -260,6 +260,112 @@ const DESTINATION_RULES: &[&str] = &[
     "{host: a, traffic_policy: {tls: {}}, trafficPolicy: {tls: {}}}",
 ];
 
+/// Group, kind and spec of everything else.
+const OTHERS: &[(&str, &str, &str)] = &[
+    ("networking.istio.io/v1", "Gateway", "{}"),
+    ("networking.istio.io/v1", "Gateway", "{servers: [{}]}"),
+    (
+        "networking.istio.io/v1",
+        "Gateway",
+        "{servers: [{hosts: ['*'], port: {number: 0, name: http, protocol: HTTP}}]}",
+    ),
+    (
+        "networking.istio.io/v1",
+        "Gateway",
+        "{servers: [{hosts: ['*'], port: {number: 80, name: http, protocol: SPDY}}]}",
+    ),
+    (
+        "networking.istio.io/v1",
+        "Gateway",
+        "{servers: [{hosts: [], port: {number: 80, name: http, protocol: HTTP}}]}",
+    ),
+    (
+        "networking.istio.io/v1",
+        "Gateway",
+        "{servers: [{hosts: ['a/b/c'], port: {number: 80, name: http, protocol: HTTP}}]}",
+    ),
+    (
+        "networking.istio.io/v1",
+        "Gateway",
+        "{servers: [{hosts: ['*'], port: {number: 443, name: https, protocol: HTTPS}}]}",
+    ),
+    (
+        "networking.istio.io/v1",
+        "Gateway",
+        "{servers: [{hosts: ['*'], port: {number: 443, name: https, protocol: HTTPS}, tls: {mode: MUTUAL}}]}",
+    ),
+    (
+        "networking.istio.io/v1",
+        "Gateway",
+        "{servers: [{hosts: ['*'], port: {number: 443, name: https, protocol: HTTPS}, tls: {mode: HARD}}]}",
+    ),
+    ("networking.istio.io/v1", "Gateway", "{selector: [a], servers: [{hosts: '*', port: 80}]}"),
+    ("networking.istio.io/v1", "ServiceEntry", "{}"),
+    (
+        "networking.istio.io/v1",
+        "ServiceEntry",
+        "{hosts: ['*'], ports: [{number: 80, name: http, protocol: HTTP}]}",
+    ),
+    ("networking.istio.io/v1", "ServiceEntry", "{hosts: [a.com], ports: [{number: 80}, {number: 80}]}"),
+    ("networking.istio.io/v1", "ServiceEntry", "{hosts: [a.com], addresses: [10.0.0.0/99]}"),
+    ("networking.istio.io/v1", "ServiceEntry", "{hosts: [a.com], resolution: DNSS}"),
+    (
+        "networking.istio.io/v1",
+        "ServiceEntry",
+        "{hosts: [a.com], resolution: NONE, ports: [{number: 80, name: h, protocol: HTTP}], endpoints: [{address: 10.0.0.1}]}",
+    ),
+    (
+        "networking.istio.io/v1",
+        "ServiceEntry",
+        "{hosts: [a.com], resolution: STATIC, ports: [{number: 80, name: h, protocol: HTTP}], endpoints: [{address: 300.0.0.1}]}",
+    ),
+    ("networking.istio.io/v1", "WorkloadEntry", "{}"),
+    ("networking.istio.io/v1", "WorkloadEntry", "{address: unix://a}"),
+    ("networking.istio.io/v1", "WorkloadEntry", "{address: 10.0.0.1, ports: {http: 70000}}"),
+    ("networking.istio.io/v1", "Sidecar", "{}"),
+    ("networking.istio.io/v1", "Sidecar", "{egress: [{hosts: []}]}"),
+    ("networking.istio.io/v1", "Sidecar", "{egress: [{hosts: [a]}]}"),
+    ("networking.istio.io/v1", "Sidecar", "{egress: [{hosts: ['./*']}, {hosts: ['./*']}]}"),
+    ("networking.istio.io/v1", "Sidecar", "{outboundTrafficPolicy: {mode: DENY}}"),
+    ("security.istio.io/v1", "AuthorizationPolicy", "{action: REFUSE}"),
+    ("security.istio.io/v1", "AuthorizationPolicy", "{action: DENY}"),
+    (
+        "security.istio.io/v1",
+        "AuthorizationPolicy",
+        "{rules: [{from: [{source: {ipBlocks: [10.0.0.0/40]}}]}]}",
+    ),
+    ("security.istio.io/v1", "AuthorizationPolicy", "{rules: [{from: [{source: {}}]}]}"),
+    ("security.istio.io/v1", "AuthorizationPolicy", "{rules: [{from: [{source: {principal: [a]}}]}]}"),
+    ("security.istio.io/v1", "AuthorizationPolicy", "{rules: [{to: [{operation: {ports: ['http']}}]}]}"),
+    ("security.istio.io/v1", "AuthorizationPolicy", "{rules: [{to: [{operation: {ports: [80]}}]}]}"),
+    ("security.istio.io/v1", "AuthorizationPolicy", "{rules: [{to: []}]}"),
+    ("security.istio.io/v1", "AuthorizationPolicy", "{rules: [{when: [{key: request.headers}]}]}"),
+    ("security.istio.io/v1", "AuthorizationPolicy", "{selector: {matchLabels: {'': a}}}"),
+    ("security.istio.io/v1", "PeerAuthentication", "{mtls: {mode: STRIKT}}"),
+    ("security.istio.io/v1", "PeerAuthentication", "{portLevelMtls: {80: {mode: DISABLE}}}"),
+    (
+        "security.istio.io/v1",
+        "PeerAuthentication",
+        "{selector: {matchLabels: {a: b}}, portLevelMtls: {0: {mode: DISABLE}}}",
+    ),
+    (
+        "security.istio.io/v1",
+        "PeerAuthentication",
+        "{selector: {matchLabels: {a: b}}, portLevelMtls: {http: {}}}",
+    ),
+    ("security.istio.io/v1", "RequestAuthentication", "{jwtRules: [{}]}"),
+    ("security.istio.io/v1", "RequestAuthentication", "{jwtRules: [{issuer: a, jwksUri: 'a b'}]}"),
+    ("security.istio.io/v1", "RequestAuthentication", "{jwtRules: [{issuer: a, jwks: '{'}]}"),
+    (
+        "security.istio.io/v1",
+        "RequestAuthentication",
+        "{jwtRules: [{issuer: a, fromHeaders: [{prefix: b}]}]}",
+    ),
+    ("telemetry.istio.io/v1", "Telemetry", "{tracing: [{randomSamplingPercentage: 101}]}"),
+    ("telemetry.istio.io/v1", "Telemetry", "{metrics: [{overrides: [{match: {metric: NO_SUCH}}]}]}"),
+    ("telemetry.istio.io/v1", "Telemetry", "{accessLogging: [{filter: {expression: 'response.code >='}}]}"),
+];
+
 /// Whole files.
 const FILES: &[(&str, &str)] = &[
     ("a scalar", "hello\n"),
@@ -329,6 +435,9 @@ fn bad_inputs_are_refused_with_place_path_and_reason() {
     }
     for spec in DESTINATION_RULES {
         case(spec, &resource("DestinationRule", spec));
+    }
+    for (version, kind, spec) in OTHERS {
+        case(&format!("{kind} {spec}"), &resource(kind, spec).replace("networking.istio.io/v1", version));
     }
     for (name, text) in FILES {
         case(name, text);

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 
 use super::envelope::{self, Group, Metadata, UnknownKind};
-use super::findings::{Findings, Validate};
+use super::findings::{Finding, Findings, Validate};
 use super::kinds::{self, Kind, Stores};
 use super::mesh;
 use super::types::mesh_config::MeshConfig;
@@ -436,13 +436,14 @@ impl Document<'_, '_> {
                 self.report(severity, problem);
             }
         }
+        let cuts: Vec<String> = read.errors.iter().map(|problem| problem.path.clone()).collect();
         for problem in read.errors {
             self.report(Severity::Error, problem);
         }
-        let spec = read.value?;
+        let spec = read.value.or(read.partial.filter(|_| cuts.iter().all(|cut| !is_item(cut))))?;
         let mut findings = Findings::about(self.meta.clone(), path);
         spec.validate(&mut findings);
-        for finding in findings.into_vec() {
+        for finding in findings.into_vec().into_iter().filter(|finding| is_told_apart(finding, &cuts)) {
             let mut item = Diagnostic::new(finding.severity, finding.path, finding.message)
                 .about(self.resource.clone())
                 .with_code(finding.code);
@@ -471,6 +472,21 @@ impl Document<'_, '_> {
     fn report(&mut self, severity: Severity, problem: Problem) {
         self.diagnostics.push(diagnostic(severity, &self.file, Some(self.resource.clone()), problem));
     }
+}
+
+/// Whether a path ends in a list index. Without such an item the items after it have other indexes.
+fn is_item(path: &str) -> bool {
+    path.ends_with(']') && !path.ends_with("\"]")
+}
+
+/// Whether a finding has nothing to do with the values that were cut out because of their type: it is an error, and
+/// not about their structs or what is around those.
+fn is_told_apart(finding: &Finding, cuts: &[String]) -> bool {
+    let apart = |cut: &String| {
+        let around = cut.rfind(['.', '[']).map_or("", |end| &cut[..end]);
+        !finding.path.starts_with(around) && !around.starts_with(&finding.path)
+    };
+    cuts.is_empty() || (finding.severity == Severity::Error && cuts.iter().all(apart))
 }
 
 /// The text of a file that is small enough, UTF-8, and without a byte order mark.
@@ -667,6 +683,23 @@ mod tests {
         let lenient = LoadOptions::default().with_unknown_fields(UnknownFields::Lenient);
         let (_, diags) = ResourceSet::load(&[SourceFile::new("a.yaml", text)], &lenient);
         assert_eq!(diags.error_count(), 3);
+    }
+
+    #[test]
+    fn a_wrong_type_does_not_hide_what_is_wrong_elsewhere() {
+        let (_, found) = load(
+            "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: a}\nspec:\n  host: a\n\
+             \x20 trafficPolicy:\n    connectionPool: {tcp: {maxConnections: many}}\n    outlierDetection: {interval: 0s}\n\
+             \x20 subsets: [{name: a b}]\n",
+        );
+        assert_eq!(
+            found,
+            [
+                "error: a.yaml:7:44: DestinationRule default/a: spec.trafficPolicy.connectionPool.tcp.maxConnections: expected a whole number, found the string \"many\"",
+                "error: a.yaml:8:34: DestinationRule default/a: spec.trafficPolicy.outlierDetection.interval: duration 0s must be at least 1ms",
+                "error: a.yaml:9:20: DestinationRule default/a: spec.subsets[0].name: \"a b\" is not a valid DNS label (RFC 1123)",
+            ]
+        );
     }
 
     #[test]

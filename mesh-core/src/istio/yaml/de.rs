@@ -33,6 +33,8 @@ impl Problem {
 pub(crate) struct Read<T> {
     /// The value; `None` if there was any error.
     pub(crate) value: Option<T>,
+    /// What is left of it without the values of a wrong type, if there were such.
+    pub(crate) partial: Option<T>,
     /// Every value of a wrong type.
     pub(crate) errors: Vec<Problem>,
     /// Every field that its struct does not have.
@@ -48,7 +50,10 @@ pub(crate) fn read<T: DeserializeOwned>(node: &Node, path: &str, envelope: &[&st
         let result = T::deserialize(NodeReader { node, path: &root, cx: &cx });
         let unknown = cx.unknown.into_inner();
         match result {
-            Ok(value) => return Read { value: errors.is_empty().then_some(value), errors, unknown },
+            Ok(value) if errors.is_empty() => {
+                return Read { value: Some(value), partial: None, errors, unknown };
+            }
+            Ok(value) => return Read { value: None, partial: Some(value), errors, unknown },
             Err(error) => {
                 let cut = error.problem.is_some();
                 errors.push(error.problem.unwrap_or_else(|| Problem {
@@ -58,7 +63,7 @@ pub(crate) fn read<T: DeserializeOwned>(node: &Node, path: &str, envelope: &[&st
                     message: error.message,
                 }));
                 if !cut || errors.len() >= MAX_PROBLEMS {
-                    return Read { value: None, errors, unknown };
+                    return Read { value: None, partial: None, errors, unknown };
                 }
             }
         }
