@@ -5,6 +5,7 @@
 //! it is judged, and every field is remembered with its position for as long as somebody may ask whether it was
 //! honoured ([`crate::diagnostics`]).
 
+pub mod effective;
 mod envelope;
 pub mod findings;
 mod kinds;

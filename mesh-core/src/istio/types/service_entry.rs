@@ -269,7 +269,11 @@ impl ServiceEntry {
             out.error("location", "resolution DYNAMIC_DNS is only for MESH_EXTERNAL");
         }
         for (index, port) in self.ports.iter().enumerate() {
-            if PortProtocol::parse(&port.protocol).is_none_or(|p| !p.is_http() && !p.is_tls()) {
+            let supported = matches!(
+                PortProtocol::parse(&port.protocol),
+                Some(PortProtocol::Http | PortProtocol::Http2 | PortProtocol::Grpc | PortProtocol::Tls)
+            );
+            if !supported {
                 out.error(
                     &format!("ports[{index}].protocol"),
                     "resolution DYNAMIC_DNS supports HTTP, HTTP2, GRPC and TLS only",

@@ -279,7 +279,10 @@ impl Validate for EgressListener {
                         out.check("bind", check::unix_address(path));
                     }
                     None => {
-                        out.error("bind", "a port of the number 0 needs a unix domain socket as bind address")
+                        out.error(
+                            "bind",
+                            "a port of the number 0 needs a unix domain socket as bind address",
+                        );
                     }
                 }
                 if self.capture_mode == CaptureMode::Iptables {
