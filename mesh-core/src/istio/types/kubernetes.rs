@@ -135,8 +135,11 @@ impl Validate for ServiceSpec {
                 }
             });
         }
-        if self.service_type == ServiceType::ExternalName {
-            out.check("externalName", check::fqdn(&self.external_name));
+        if self.service_type == ServiceType::ExternalName
+            && let Err(reason) = check::fqdn(&self.external_name)
+        {
+            // The API server also takes what looks like an address, which names nothing here.
+            out.warning("externalName", reason);
         }
         for (index, address) in self.cluster_ips.iter().enumerate().filter(|(_, address)| *address != "None")
         {
