@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use super::yaml::{Node, Problem, Value};
 
+/// The fields of every resource that are not its meaning.
+pub(super) const ENVELOPE: &[&str] = &["apiVersion", "kind", "metadata", "status"];
+
 /// A group with the versions that are read.
 pub(super) struct Group {
     name: &'static str,

@@ -8,8 +8,9 @@
 
 use serde::de::DeserializeOwned;
 
+use super::document::{Body, Document};
 use super::findings::Validate;
-use super::resource_set::{Body, Document, Resource, ResourceSet};
+use super::resource_set::{Resource, ResourceSet};
 use super::types;
 use super::types::mixer::{MixerResource, MixerRole};
 

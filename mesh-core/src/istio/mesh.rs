@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use super::document::position;
 use super::findings::{Findings, Validate};
-use super::resource_set::{SourceFile, position, readable};
+use super::loader::readable;
+use super::resource_set::SourceFile;
 use super::types::mesh_config::MeshConfig;
 use super::yaml::{self, Node, Problem, Value};
 use crate::diagnostics::{Diagnostic, Severity};

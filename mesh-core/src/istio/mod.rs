@@ -5,10 +5,12 @@
 //! it is judged, and every field is remembered with its position for as long as somebody may ask whether it was
 //! honoured ([`crate::diagnostics`]).
 
+mod document;
 pub mod effective;
 mod envelope;
 pub mod findings;
 mod kinds;
+mod loader;
 mod mesh;
 mod resource_set;
 pub mod types;

@@ -8,6 +8,7 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, Deserializer, IntoDeser
 use serde::forward_to_deserialize_any;
 
 use super::tree::{Entry, Node, Number, Scalar, Value};
+use super::words::{describe, range_message, unknown_message};
 use crate::documents::{is_plain_key, snake_to_camel};
 
 /// After so many errors in one document the rest is not worth reading.
@@ -180,33 +181,6 @@ impl<'a> NodeReader<'a> {
             Some(Number::Float(number)) => visitor.visit_f64(number),
             None => Err(self.mismatch("a number")),
         }
-    }
-}
-
-/// serde speaks of Rust types; the author of a file wants bounds.
-fn range_message(message: String) -> String {
-    let bounds = [
-        ("expected u16", "expected 0..65535"),
-        ("expected u32", "expected 0..4294967295"),
-        ("expected i32", "expected -2147483648..2147483647"),
-        ("expected u64", "expected a number that is not negative"),
-        ("invalid value: integer ", "out of range: "),
-    ];
-    bounds.iter().fold(message, |message, (from, to)| message.replace(from, to))
-}
-
-fn describe(node: &Node) -> String {
-    match &node.value {
-        Value::Null => "null".to_owned(),
-        Value::List(_) => "a list".to_owned(),
-        Value::Map(_) => "a mapping".to_owned(),
-        Value::Scalar(scalar) if scalar.is_string() => {
-            let shown: String = scalar.text.chars().take(40).collect();
-            let more = if shown.len() < scalar.text.len() { "…" } else { "" };
-            format!("the string {shown:?}{more}")
-        }
-        Value::Scalar(scalar) if scalar.as_bool().is_some() => format!("the boolean {}", scalar.text),
-        Value::Scalar(scalar) => format!("the number {}", scalar.text),
     }
 }
 
@@ -392,35 +366,6 @@ impl<'de> Deserializer<'de> for NodeReader<'_> {
     forward_to_deserialize_any! {
         i128 u128 char bytes byte_buf unit unit_struct tuple tuple_struct
     }
-}
-
-fn unknown_message(name: &str, names: &[&str]) -> String {
-    let near = names.iter().map(|known| (distance(name, known), *known)).min();
-    match near {
-        Some((steps, known)) if steps <= 2 && steps < name.len() => {
-            format!("unknown field; did you mean {known:?}?")
-        }
-        _ => "unknown field".to_owned(),
-    }
-}
-
-/// How many letters to add, drop or change (Levenshtein), without regard to case.
-fn distance(a: &str, b: &str) -> usize {
-    let (a, b) = (a.to_ascii_lowercase(), b.to_ascii_lowercase());
-    if a.len().abs_diff(b.len()) > 2 {
-        return usize::MAX;
-    }
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let change = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 struct Items<'a> {

@@ -14,6 +14,7 @@
 
 mod de;
 mod tree;
+mod words;
 
 pub(crate) use de::{Problem, read};
 pub(crate) use tree::{Entry, Node, Reader, Value};
