@@ -186,7 +186,7 @@ fn every_finding_has_a_path_and_a_reason() {
         );
         let (_, diags) = ResourceSet::load(&[SourceFile::new("a.yaml", text)], &LoadOptions::default());
         writeln!(seen, "# {kind}: {}", spec.lines().collect::<Vec<_>>().join("; ")).unwrap();
-        for item in diags.iter() {
+        for item in &diags {
             writeln!(seen, "{}: {}: {}", item.severity, item.path, item.message).unwrap();
         }
     }
