@@ -176,7 +176,7 @@ impl<'de> Deserialize<'de> for Duration {
 }
 
 /// How a string is compared: the oneof `exact | prefix | regex`, which is case-sensitive.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct StringMatch {
     /// Equal to this.

@@ -68,7 +68,7 @@ pub struct HttpRoute {
 }
 
 /// A condition; all of its parts must hold (VS-M01 … VS-M15).
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct HttpMatchRequest {
     /// For logs.
@@ -346,7 +346,7 @@ pub struct TlsRoute {
 }
 
 /// A condition on a TLS connection.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct TlsMatchAttributes {
     /// Server names; required.
@@ -375,7 +375,7 @@ pub struct TcpRoute {
 }
 
 /// A condition on a TCP connection.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct L4MatchAttributes {
     /// Addresses or CIDR blocks of the destination.

@@ -422,19 +422,13 @@ fn merge(mut entries: Vec<Entry>) -> Result<Vec<Entry>, Problem> {
         Value::List(items) => items,
         _ => Vec::new(),
     };
+    let mut keys: HashSet<String> = entries.iter().map(|entry| entry.key.clone()).collect();
     for source in sources {
         let Value::Map(more) = source.value else {
-            return Err(Problem::new(
-                "a merge key needs a mapping or a list of mappings",
-                merged.line,
-                merged.column,
-            ));
+            let message = "a merge key needs a mapping or a list of mappings";
+            return Err(Problem::new(message, merged.line, merged.column));
         };
-        for entry in more {
-            if !entries.iter().any(|own| own.key == entry.key) {
-                entries.push(entry);
-            }
-        }
+        entries.extend(more.into_iter().filter(|entry| keys.insert(entry.key.clone())));
     }
     Ok(entries)
 }

@@ -74,8 +74,9 @@ impl VirtualService {
         if !valid {
             return;
         }
-        for (index, host) in self.hosts.iter().enumerate() {
-            if let Some(before) = self.hosts[..index].iter().find(|before| overlap(before, host)) {
+        let hosts: Vec<String> = self.hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
+        for (index, host) in hosts.iter().enumerate() {
+            if let Some(before) = hosts[..index].iter().find(|before| overlap(before, host)) {
                 out.error(&format!("hosts[{index}]"), format!("{host:?} and {before:?} overlap"));
             }
         }
@@ -93,9 +94,8 @@ fn host_name(host: &str, sni: bool) -> check::Checked {
     }
 }
 
-/// Whether some name matches both hosts.
+/// Whether some name matches both hosts, which are in lower case.
 fn overlap(a: &str, b: &str) -> bool {
-    let (a, b) = (a.to_ascii_lowercase(), b.to_ascii_lowercase());
     match (a.strip_prefix('*'), b.strip_prefix('*')) {
         (None, None) => a == b,
         (Some(suffix), None) => b.ends_with(suffix),

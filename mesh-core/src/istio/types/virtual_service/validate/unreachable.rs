@@ -1,6 +1,8 @@
 //! Rules that no request can reach, because an earlier one takes it.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 
 use super::super::{HttpMatchRequest, HttpRoute, L4MatchAttributes, TcpRoute, TlsMatchAttributes, TlsRoute};
 use crate::istio::findings::Findings;
@@ -12,49 +14,53 @@ const UNREACHABLE: &str = "IST0130";
 /// `VirtualServiceIneffectiveMatch`.
 const INEFFECTIVE: &str = "IST0131";
 
+/// How many earlier matches of one prefix a match is compared with.
+const COMPARED: usize = 100;
+
 /// A match that can be compared with another.
-trait Comparable {
-    /// Whether the same traffic matches.
-    fn is_same(&self, other: &Self) -> bool;
+trait Comparable: Clone + Eq + Hash {
+    /// The match without what does not tell traffic apart.
+    fn essence(&self) -> Self;
 }
 
 impl Comparable for HttpMatchRequest {
-    fn is_same(&self, other: &Self) -> bool {
-        let unnamed = |matches: &Self| Self { name: String::new(), ..matches.clone() };
-        unnamed(self) == unnamed(other)
+    fn essence(&self) -> Self {
+        Self { name: String::new(), ..self.clone() }
     }
 }
 
 impl Comparable for TlsMatchAttributes {
-    fn is_same(&self, other: &Self) -> bool {
-        self == other
+    fn essence(&self) -> Self {
+        self.clone()
     }
 }
 
 impl Comparable for L4MatchAttributes {
-    fn is_same(&self, other: &Self) -> bool {
-        self == other
+    fn essence(&self) -> Self {
+        self.clone()
     }
 }
 
 pub(super) fn http(out: &mut Findings, routes: &[HttpRoute]) {
     let rules: Vec<&[HttpMatchRequest]> = routes.iter().map(|route| route.matches.as_slice()).collect();
     same(out, "http", &rules);
-    let matches: Vec<Prefixed<'_>> = rules
-        .iter()
-        .enumerate()
-        .flat_map(|(rule, matches)| matches.iter().enumerate().map(move |(at, matches)| (rule, at, matches)))
-        .filter_map(|(rule, at, matches)| Prefixed::of(rule, at, matches))
-        .collect();
-    for (index, earlier) in matches.iter().enumerate() {
-        for later in &matches[index + 1..] {
-            if later.prefix != earlier.prefix && earlier.covers(later) {
+    let mut earlier: HashMap<&str, Vec<Prefixed<'_>>> = HashMap::new();
+    for (rule, matches) in rules.iter().enumerate() {
+        for (at, matches) in matches.iter().enumerate() {
+            let Some(later) = Prefixed::of(rule, at, matches) else { continue };
+            let shorter = later.prefix.char_indices().skip(1).map(|(end, _)| &later.prefix[..end]);
+            let covering = shorter
+                .filter_map(|prefix| earlier.get(prefix))
+                .flat_map(|same| same.iter().take(COMPARED))
+                .find(|before| before.covers(&later));
+            if let Some(before) = covering {
                 let message = format!(
                     "has no effect: http[{}].match[{}] takes the prefix {:?} before",
-                    earlier.rule, earlier.at, earlier.prefix
+                    before.rule, before.at, before.prefix
                 );
-                out.warning_code(&format!("http[{}].match[{}]", later.rule, later.at), message, INEFFECTIVE);
+                out.warning_code(&format!("http[{rule}].match[{at}]"), message, INEFFECTIVE);
             }
+            earlier.entry(later.prefix).or_default().push(later);
         }
     }
 }
@@ -72,7 +78,7 @@ pub(super) fn tls(out: &mut Findings, routes: &[TlsRoute]) {
 /// Rules after one without matches, and matches that an earlier rule has too.
 fn same<M: Comparable>(out: &mut Findings, field: &str, rules: &[&[M]]) {
     let mut catch_all = None;
-    let mut seen: Vec<(usize, &M)> = Vec::new();
+    let mut seen: HashMap<M, usize> = HashMap::new();
     for (rule, matches) in rules.iter().enumerate() {
         let at = format!("{field}[{rule}]");
         if matches.is_empty() {
@@ -85,13 +91,15 @@ fn same<M: Comparable>(out: &mut Findings, field: &str, rules: &[&[M]]) {
         }
         let mut duplicates = 0;
         for (index, matches) in matches.iter().enumerate() {
-            match seen.iter().find(|(_, earlier)| earlier.is_same(matches)) {
-                Some((before, _)) => {
-                    let message = format!("has no effect: {field}[{before}] has the same match");
+            match seen.entry(matches.essence()) {
+                Entry::Occupied(before) => {
+                    let message = format!("has no effect: {field}[{}] has the same match", before.get());
                     out.warning_code(&format!("{at}.match[{index}]"), message, INEFFECTIVE);
                     duplicates += 1;
                 }
-                None => seen.push((rule, matches)),
+                Entry::Vacant(free) => {
+                    free.insert(rule);
+                }
             }
         }
         if duplicates == matches.len() {
@@ -172,5 +180,58 @@ impl<'a> Prefixed<'a> {
                         .iter()
                         .all(|(name, simple)| later.get(name).is_some_and(|other| simple.covers(*other)))
             })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prefixed(prefix: &str, header: Option<&str>) -> HttpRoute {
+        let mut matches =
+            HttpMatchRequest { uri: Some(StringMatch::prefix(prefix)), ..HttpMatchRequest::default() };
+        if let Some(value) = header {
+            matches.headers.insert("x".to_owned(), StringMatch::exact(value));
+        }
+        HttpRoute { matches: vec![matches], ..HttpRoute::default() }
+    }
+
+    fn found(routes: &[HttpRoute]) -> Vec<String> {
+        let mut out = Findings::default();
+        http(&mut out, routes);
+        out.iter().map(|finding| format!("{} {}", finding.path, finding.code.unwrap_or_default())).collect()
+    }
+
+    #[test]
+    fn what_an_earlier_rule_takes_is_said() {
+        assert_eq!(found(&[HttpRoute::default(), HttpRoute::default()]), ["http[1] IST0130"]);
+        assert_eq!(found(&[prefixed("/a", None), prefixed("/ab", None)]), ["http[1].match[0] IST0131"]);
+        assert_eq!(
+            found(&[prefixed("/a", None), prefixed("/a", None)]),
+            ["http[1].match[0] IST0131", "http[1] IST0130"]
+        );
+        let named = {
+            let mut route = prefixed("/a", Some("1"));
+            route.matches[0].name = "other".to_owned();
+            route
+        };
+        assert_eq!(
+            found(&[prefixed("/a", Some("1")), named]).len(),
+            2,
+            "the name does not tell matches apart"
+        );
+    }
+
+    #[test]
+    fn what_no_rule_takes_is_not() {
+        let none: [&str; 0] = [];
+        assert_eq!(found(&[prefixed("/ab", None), prefixed("/a", None), HttpRoute::default()]), none);
+        assert_eq!(found(&[prefixed("/a", Some("1")), prefixed("/ab", Some("2"))]), none);
+        assert_eq!(found(&[prefixed("/a", Some("1")), prefixed("/ab", None)]), none);
+        assert_eq!(
+            found(&[HttpRoute::default(), prefixed("/a", None)]),
+            none,
+            "as Istio, which only compares like"
+        );
     }
 }
