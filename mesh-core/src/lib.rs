@@ -18,9 +18,12 @@ mod listener;
 pub mod local_reply;
 pub mod matcher;
 pub mod panic;
+pub mod registry;
 pub mod server;
 mod snapshot;
 mod upstream;
+#[cfg(feature = "watch")]
+pub mod watch;
 
 pub use body::{Body, BodyHook, EndOfBody, Side};
 pub use compat::{Compat, UnknownCompat};

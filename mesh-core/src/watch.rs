@@ -43,7 +43,7 @@ pub struct Settle {
     candidate: Option<Candidate>,
 }
 
-type Files = BTreeMap<Arc<str>, Arc<str>>;
+type Files = BTreeMap<Arc<str>, Vec<u8>>;
 
 #[derive(Debug)]
 struct Candidate {
@@ -244,7 +244,7 @@ fn read_file(path: &Path) -> io::Result<SourceFile> {
         return Err(named(path, io::Error::new(io::ErrorKind::FileTooLarge, reason)));
     }
     let bytes = std::fs::read(path).map_err(|error| named(path, error))?;
-    Ok(SourceFile::from_bytes(path.to_string_lossy(), bytes))
+    Ok(SourceFile::new(path.to_string_lossy(), bytes))
 }
 
 fn named(path: &Path, error: io::Error) -> io::Error {
@@ -269,11 +269,11 @@ fn watched(paths: &[PathBuf]) -> Vec<PathBuf> {
 }
 
 fn keyed(files: &[SourceFile]) -> Files {
-    files.iter().map(|file| (Arc::clone(&file.name), Arc::clone(&file.text))).collect()
+    files.iter().map(|file| (Arc::clone(&file.name), file.text.clone())).collect()
 }
 
-fn is_blank(text: &str) -> bool {
-    text.trim().is_empty()
+fn is_blank(text: &[u8]) -> bool {
+    text.trim_ascii().is_empty()
 }
 
 #[cfg(test)]
@@ -281,7 +281,7 @@ mod tests {
     use super::*;
 
     fn files(contents: &[(&str, &str)]) -> Vec<SourceFile> {
-        contents.iter().map(|(name, text)| SourceFile::from_bytes(*name, text.as_bytes().to_vec())).collect()
+        contents.iter().map(|(name, text)| SourceFile::new(*name, text.as_bytes())).collect()
     }
 
     fn at(start: Instant, millis: u64) -> Instant {
