@@ -87,7 +87,8 @@ impl AppProtocol {
         if let Some(protocol) = declared.and_then(Self::parse) {
             return protocol;
         }
-        let prefix = if name.starts_with("grpc-web") { "grpc-web" } else { name.split('-').next().unwrap_or(name) };
+        let prefix =
+            if name.starts_with("grpc-web") { "grpc-web" } else { name.split('-').next().unwrap_or(name) };
         if let Some(protocol) = Self::parse(prefix) {
             return protocol;
         }

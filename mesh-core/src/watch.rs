@@ -79,16 +79,18 @@ impl Settle {
             self.candidate = None;
             return Verdict::Unchanged;
         }
-        let missing = self.in_force.iter().any(|(name, text)| {
-            !is_blank(text) && files.get(name).is_none_or(|text| is_blank(text))
-        });
+        let missing = self
+            .in_force
+            .iter()
+            .any(|(name, text)| !is_blank(text) && files.get(name).is_none_or(|text| is_blank(text)));
         let missing_before = self.candidate.as_ref().and_then(|candidate| candidate.missing_since);
         let missing_since = missing.then(|| missing_before.unwrap_or(now));
         let since = match &self.candidate {
             Some(candidate) if candidate.files == files => candidate.since,
             _ => now,
         };
-        let due = missing_since.map_or(since + SETTLE, |since_missing| (since_missing + VANISHED).max(since + SETTLE));
+        let due = missing_since
+            .map_or(since + SETTLE, |since_missing| (since_missing + VANISHED).max(since + SETTLE));
         if now >= due {
             self.in_force = files;
             self.candidate = None;

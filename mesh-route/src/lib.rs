@@ -16,6 +16,8 @@ mod explain;
 pub mod headers;
 mod headers_layer;
 mod index;
+#[cfg(feature = "istio")]
+mod istio;
 mod pool;
 mod redirect;
 mod request_view;

@@ -52,7 +52,10 @@ impl Resources<'_> {
                 for address in &endpoint.addresses {
                     instances.push(Arc::new(Instance {
                         ports: ports.clone(),
-                        locality: endpoint.zone.as_deref().map_or(Arc::from(""), |zone| format!("/{zone}").into()),
+                        locality: endpoint
+                            .zone
+                            .as_deref()
+                            .map_or(Arc::from(""), |zone| format!("/{zone}").into()),
                         labels: slice.meta.labels.clone(),
                         ..Instance::new(address.as_str())
                     }));
@@ -141,7 +144,8 @@ impl Resources<'_> {
                 })
             })
             .collect();
-        let mut listed: Vec<_> = spec.endpoints().iter().map(|endpoint| Arc::new(instance(endpoint))).collect();
+        let mut listed: Vec<_> =
+            spec.endpoints().iter().map(|endpoint| Arc::new(instance(endpoint))).collect();
         if let Some(selector) = &spec.workload_selector {
             listed.extend(self.selected(&entry.meta.namespace, &selector.labels));
         }

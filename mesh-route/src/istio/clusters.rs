@@ -1,0 +1,157 @@
+//! From services, ports and subsets to clusters.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use mesh_core::istio::types::destination_rule::Subset;
+use mesh_core::istio::types::sidecar::OutboundMode;
+use mesh_core::registry::{Instance, Resolution, Service, ServicePort};
+use mesh_core::{ClusterName, Direction};
+
+use super::mesh::{Mesh, selects};
+use super::policy::Rules;
+use crate::cluster::{Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, UpstreamProtocol};
+
+/// The clusters of a table, each made once.
+pub(super) struct Clusters<'m> {
+    mesh: &'m Mesh<'m>,
+    made: HashMap<ClusterName, Arc<Cluster>>,
+    order: Vec<Arc<Cluster>>,
+}
+
+/// What a destination comes to.
+pub(super) enum Found {
+    /// A cluster.
+    Cluster(Arc<Cluster>),
+    /// No service has this host.
+    UnknownHost(ClusterName),
+    /// The service has no port of this number, or several and none was named.
+    UnknownPort(ClusterName),
+    /// No destination rule defines this subset.
+    UnknownSubset(ClusterName),
+}
+
+impl<'m> Clusters<'m> {
+    pub(super) fn new(mesh: &'m Mesh<'m>) -> Self {
+        Self { mesh, made: HashMap::new(), order: Vec::new() }
+    }
+
+    /// Every cluster, in the order in which they were made.
+    pub(super) fn into_all(self) -> Vec<Arc<Cluster>> {
+        self.order
+    }
+
+    /// The cluster of a destination. Without a port it is the service's only one, else that of the listener.
+    pub(super) fn find(
+        &mut self,
+        host: &str,
+        port: Option<u16>,
+        listener: Option<u16>,
+        subset: &str,
+    ) -> Found {
+        let named = port.or(listener).unwrap_or(0);
+        let unknown = |port| ClusterName::new(Direction::Outbound, port, subset, host);
+        let mesh = self.mesh;
+        let Some(service) = mesh.service(host) else { return Found::UnknownHost(unknown(named)) };
+        // A name that stands for another service is that service.
+        let service = service.alias_of.as_deref().and_then(|target| mesh.service(target)).unwrap_or(service);
+        let wanted = match (port, service.ports.as_slice()) {
+            (Some(port), _) => service.port(port),
+            (None, [only]) => Some(only),
+            (None, _) => listener.and_then(|port| service.port(port)),
+        };
+        let Some(wanted) = wanted else { return Found::UnknownPort(unknown(named)) };
+        self.of(service, wanted, subset)
+            .map_or_else(|| Found::UnknownSubset(unknown(wanted.number)), Found::Cluster)
+    }
+
+    /// The cluster of a service's port; `None` when the subset is not defined.
+    pub(super) fn of(&mut self, service: &Service, port: &ServicePort, subset: &str) -> Option<Arc<Cluster>> {
+        let name = ClusterName::new(Direction::Outbound, port.number, subset, &service.host);
+        if let Some(cluster) = self.made.get(&name) {
+            return Some(Arc::clone(cluster));
+        }
+        let rules = Rules::of(self.mesh, service);
+        let subset = match subset {
+            "" => None,
+            name => Some(rules.subsets().into_iter().find(|subset| subset.name == name)?),
+        };
+        let mut spec = ClusterSpec::new(name, discovery(service, port, subset));
+        rules.blocks(port.number, subset).apply(self.mesh, port, &mut spec);
+        Some(self.keep(spec))
+    }
+
+    /// Makes the clusters of every port and subset of a service, whether or not a route names them, as `/clusters`
+    /// shows them.
+    pub(super) fn all_of(&mut self, service: &Service) {
+        if service.alias_of.as_deref().is_some_and(|target| self.mesh.service(target).is_some()) {
+            return;
+        }
+        let subsets = Rules::of(self.mesh, service).subsets();
+        for port in service.ports.iter().filter(|port| port.protocol.is_http()) {
+            self.of(service, port, "");
+            for subset in &subsets {
+                self.of(service, port, &subset.name);
+            }
+        }
+    }
+
+    /// The cluster for destinations that nobody knows.
+    pub(super) fn unknown(&mut self, mode: OutboundMode) -> Arc<Cluster> {
+        let (name, discovery) = match mode {
+            OutboundMode::AllowAny => (ClusterName::passthrough(), Discovery::OriginalDst),
+            OutboundMode::RegistryOnly => (ClusterName::black_hole(), Discovery::BlackHole),
+        };
+        if let Some(cluster) = self.made.get(&name) {
+            return Arc::clone(cluster);
+        }
+        let mut spec = ClusterSpec::new(name, discovery);
+        spec.protocol = UpstreamProtocol::Downstream;
+        self.keep(spec)
+    }
+
+    fn keep(&mut self, spec: ClusterSpec) -> Arc<Cluster> {
+        let cluster = Arc::new(Cluster::new(spec));
+        self.made.insert(cluster.name().clone(), Arc::clone(&cluster));
+        self.order.push(Arc::clone(&cluster));
+        cluster
+    }
+}
+
+fn discovery(service: &Service, port: &ServicePort, subset: Option<&Subset>) -> Discovery {
+    let in_subset = |instance: &&Arc<Instance>| subset.is_none_or(|s| selects(&s.labels, &instance.labels));
+    let instances = || service.instances.iter().filter(in_subset);
+    let dns = |instance: &Arc<Instance>| DnsEndpoint {
+        host: Arc::clone(&instance.address),
+        port: instance.port(port),
+        weight: instance.weight,
+        locality: Arc::clone(&instance.locality),
+    };
+    if let Some(alias) = &service.alias_of {
+        let target =
+            DnsEndpoint { host: Arc::clone(alias), port: port.target, weight: 1, locality: Arc::from("") };
+        return Discovery::StrictDns(vec![target]);
+    }
+    match service.resolution {
+        Resolution::None => Discovery::OriginalDst,
+        Resolution::Static => Discovery::Static(
+            instances()
+                .filter_map(|instance| {
+                    // Unix sockets and networks without an address have no endpoint here.
+                    let address: IpAddr = instance.address.parse().ok()?;
+                    Some(EndpointSpec {
+                        weight: instance.weight,
+                        locality: Arc::clone(&instance.locality),
+                        ..EndpointSpec::new(SocketAddr::new(address, instance.port(port)))
+                    })
+                })
+                .collect(),
+        ),
+        Resolution::Dns => Discovery::StrictDns(instances().map(dns).collect()),
+        Resolution::DnsRoundRobin => match instances().next() {
+            Some(first) => Discovery::LogicalDns(dns(first)),
+            None => Discovery::Static(Vec::new()),
+        },
+    }
+}

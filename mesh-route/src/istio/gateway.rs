@@ -1,0 +1,165 @@
+//! The routes of a gateway: what its servers expose, by the virtual services that are attached to them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mesh_core::diagnostics::Diagnostics;
+use mesh_core::istio::Resource;
+use mesh_core::istio::types::gateway::{Gateway, Server};
+use mesh_core::istio::types::virtual_service::HttpRoute;
+
+use super::clusters::Clusters;
+use super::delegate;
+use super::http::{Place, Rules, names_gateway};
+use super::mesh::{Mesh, host_covers, selects};
+use crate::redirect::Redirect;
+use crate::route::{ActionKind, Route, RouteAction, RouteMatch};
+use crate::table::{KeyedBy, RouteTable, VirtualHost};
+
+/// Whether a server is plain HTTP, which is what this version serves. One with TLS is never served without it.
+pub(super) fn is_plain_http(server: &Server) -> bool {
+    let protocol = server.port.as_ref().map_or("", |port| port.protocol.as_str()).to_ascii_uppercase();
+    matches!(protocol.as_str(), "HTTP" | "HTTP2" | "GRPC" | "GRPC-WEB")
+        && server.tls.as_ref().is_none_or(|tls| tls.https_redirect)
+}
+
+pub(super) fn table<'m>(
+    mesh: &'m Mesh<'m>,
+    clusters: &mut Clusters<'m>,
+    diags: &mut Diagnostics,
+) -> RouteTable {
+    let mut table = RouteTable::empty(KeyedBy::Listener);
+    for service in mesh.visible() {
+        clusters.all_of(service);
+    }
+    let mut rules: Vec<Option<Vec<(String, HttpRoute)>>> = vec![None; mesh.set.virtual_services().len()];
+    for (port, exposed) in exposed(mesh) {
+        let mut hosts: BTreeMap<String, Vec<Arc<Route>>> = BTreeMap::new();
+        let mut redirected: Vec<String> = Vec::new();
+        for server in exposed.iter().filter(|server| server.redirects) {
+            redirected.extend(server.hosts.iter().map(|(_, host)| host.clone()));
+        }
+        let names: Vec<String> = exposed.iter().map(|server| server.gateway.clone()).collect();
+        for (at, resource) in mesh.set.virtual_services().iter().enumerate() {
+            let namespace = &resource.meta.namespace;
+            let attached: Vec<_> = exposed.iter().filter(|server| is_attached(resource, server)).collect();
+            let default = &mesh.config.default_virtual_service_export_to;
+            if attached.is_empty()
+                || !is_exported(&resource.spec.export_to, default, namespace, &attached, mesh)
+            {
+                continue;
+            }
+            let mut domains: Vec<String> = Vec::new();
+            for host in resource.spec.hosts.iter().map(|host| mesh.resolve(host, namespace)) {
+                for (scope, served) in attached.iter().flat_map(|server| &server.hosts) {
+                    if !(scope == "*" || scope == namespace) {
+                        continue;
+                    }
+                    // The narrower of the two: a server exposes no more than its hosts.
+                    let domain = if host_covers(served, &host) {
+                        &host
+                    } else if host_covers(&host, served) {
+                        served
+                    } else {
+                        continue;
+                    };
+                    if !domains.contains(domain) {
+                        domains.push(domain.clone());
+                    }
+                }
+            }
+            if domains.is_empty() {
+                continue;
+            }
+            let rules = rules[at].get_or_insert_with(|| delegate::rules(mesh, resource, diags));
+            let place = Place { gateways: &names, port: Some(port) };
+            let routes = Rules { mesh, clusters, diags }.routes(resource, rules, &place);
+            for domain in domains {
+                hosts.entry(domain).or_default().extend(routes.iter().cloned());
+            }
+        }
+        for host in &redirected {
+            hosts.entry(host.clone()).or_default();
+        }
+        for (host, mut routes) in hosts {
+            if redirected.iter().any(|pattern| host_covers(pattern, &host)) {
+                routes = vec![to_https()];
+            }
+            // Catch-alls of one virtual service must not hide the rules of the next (VS-07); the order is stable.
+            routes.sort_by_key(|route| route.matcher().is_catch_all());
+            let virtual_host = Arc::new(VirtualHost::new(format!("{host}:{port}"), routes));
+            // The hosts of one port are the keys of a map, so none stands twice.
+            let _ = table.insert(Some(port), &host, virtual_host);
+        }
+    }
+    table
+}
+
+/// One plain server of a gateway that selects the workload.
+struct Exposed {
+    gateway: String,
+    namespace: String,
+    /// Which namespaces' virtual services may bind which host.
+    hosts: Vec<(String, String)>,
+    redirects: bool,
+}
+
+fn exposed(mesh: &Mesh<'_>) -> BTreeMap<u16, Vec<Exposed>> {
+    let mut ports: BTreeMap<u16, Vec<Exposed>> = BTreeMap::new();
+    for gateway in mesh.set.gateways().iter().filter(|gateway| is_selected(gateway, mesh)) {
+        for server in gateway.spec.servers.iter().filter(|server| is_plain_http(server)) {
+            let Some(port) = server.port.as_ref().and_then(|port| u16::try_from(port.number).ok()) else {
+                continue;
+            };
+            let namespace = &gateway.meta.namespace;
+            let hosts = server.hosts.iter().map(|host| {
+                let (scope, host) = host.split_once('/').unwrap_or(("*", host));
+                let scope = if scope == "." { namespace } else { scope };
+                (scope.to_owned(), mesh.resolve(host, namespace))
+            });
+            ports.entry(port).or_default().push(Exposed {
+                gateway: format!("{namespace}/{}", gateway.meta.name),
+                namespace: namespace.clone(),
+                hosts: hosts.collect(),
+                redirects: server.tls.as_ref().is_some_and(|tls| tls.https_redirect),
+            });
+        }
+    }
+    ports
+}
+
+/// Whether a gateway is for this workload: its selector may name any namespace's, and none names every gateway (GW-03).
+fn is_selected(gateway: &Resource<Gateway>, mesh: &Mesh<'_>) -> bool {
+    selects(&gateway.spec.selector, &mesh.cx.workload.labels)
+}
+
+fn is_attached(
+    resource: &Resource<mesh_core::istio::types::virtual_service::VirtualService>,
+    server: &Exposed,
+) -> bool {
+    let gateways = std::slice::from_ref(&server.gateway);
+    let namespace = &resource.meta.namespace;
+    names_gateway(&resource.spec.gateways, namespace, gateways)
+        || resource.spec.http.iter().flat_map(|rule| &rule.matches).any(|matched| {
+            !matched.gateways.is_empty() && names_gateway(&matched.gateways, namespace, gateways)
+        })
+}
+
+/// Whether a virtual service is exported to the workload's namespace or to that of a gateway it is attached to.
+fn is_exported(
+    export_to: &[String],
+    default: &[String],
+    namespace: &str,
+    attached: &[&Exposed],
+    mesh: &Mesh<'_>,
+) -> bool {
+    mesh.is_exported(export_to, default, namespace)
+        || attached.iter().any(|server| {
+            export_to.iter().any(|to| *to == server.namespace || (to == "." && namespace == server.namespace))
+        })
+}
+
+fn to_https() -> Arc<Route> {
+    let action = RouteAction::new(ActionKind::Redirect(Redirect::to_https()));
+    Arc::new(Route::new("https_redirect", RouteMatch::default(), Arc::new(action)))
+}

@@ -1,0 +1,179 @@
+//! Which fields this crate gives meaning to. What is missing here is reported as not enforced, so a field joins the
+//! list in the change that enforces it.
+
+use mesh_core::diagnostics::Diagnostics;
+use mesh_core::istio::ResourceSet;
+use mesh_core::istio::types::destination_rule::ClientTlsMode;
+use mesh_core::istio::types::gateway::Server;
+use mesh_core::istio::types::service_entry::Resolution;
+
+const VIRTUAL_SERVICE: &[&str] = &[
+    "spec.hosts",
+    "spec.gateways",
+    "spec.exportTo",
+    "spec.http[*].name",
+    "spec.http[*].match[*].name",
+    "spec.http[*].match[*].uri",
+    "spec.http[*].match[*].scheme",
+    "spec.http[*].match[*].method",
+    "spec.http[*].match[*].authority",
+    "spec.http[*].match[*].port",
+    "spec.http[*].match[*].sourceLabels",
+    "spec.http[*].match[*].sourceNamespace",
+    "spec.http[*].match[*].gateways",
+    "spec.http[*].match[*].queryParams",
+    "spec.http[*].match[*].ignoreUriCase",
+    "spec.http[*].route",
+    "spec.http[*].redirect",
+    "spec.http[*].directResponse",
+    "spec.http[*].delegate",
+    "spec.http[*].rewrite",
+    "spec.http[*].timeout",
+    "spec.http[*].headers",
+    "spec.http[*].websocketUpgrade",
+];
+
+const POLICY: &[&str] = &[
+    "loadBalancer.simple",
+    "connectionPool.tcp",
+    "connectionPool.http.http1MaxPendingRequests",
+    "connectionPool.http.http2MaxRequests",
+    "connectionPool.http.maxRequestsPerConnection",
+    "connectionPool.http.idleTimeout",
+    "connectionPool.http.h2UpgradePolicy",
+    "connectionPool.http.useClientProtocol",
+    "connectionPool.http.maxConcurrentStreams",
+    "portLevelSettings[*].port",
+];
+
+/// Where a traffic policy stands.
+const POLICIES: &[&str] = &[
+    "spec.trafficPolicy",
+    "spec.trafficPolicy.portLevelSettings[*]",
+    "spec.subsets[*].trafficPolicy",
+    "spec.subsets[*].trafficPolicy.portLevelSettings[*]",
+];
+
+pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
+    for resource in set.virtual_services() {
+        diags.honour_all(resource.doc, VIRTUAL_SERVICE);
+        for (rule_at, rule) in resource.spec.http.iter().enumerate() {
+            for (match_at, matched) in rule.matches.iter().enumerate() {
+                for (field, headers) in
+                    [("headers", &matched.headers), ("withoutHeaders", &matched.without_headers)]
+                {
+                    // Claims are validated; there is nothing yet that could have verified a token.
+                    if !headers.keys().any(|name| super::http::is_claim(name)) {
+                        diags
+                            .honour(resource.doc, &format!("spec.http[{rule_at}].match[{match_at}].{field}"));
+                    }
+                }
+            }
+        }
+    }
+    for resource in set.destination_rules() {
+        diags.honour_all(
+            resource.doc,
+            &[
+                "spec.host",
+                "spec.subsets[*].name",
+                "spec.subsets[*].labels",
+                "spec.exportTo",
+                "spec.workloadSelector",
+            ],
+        );
+        for policy in POLICIES {
+            for field in POLICY {
+                diags.honour(resource.doc, &format!("{policy}.{field}"));
+            }
+        }
+        honour_disabled_tls(resource, diags);
+    }
+    for resource in set.service_entries() {
+        diags.honour_all(
+            resource.doc,
+            &[
+                "spec.hosts",
+                "spec.addresses",
+                "spec.ports",
+                "spec.location",
+                "spec.endpoints[*].address",
+                "spec.endpoints[*].ports",
+                "spec.endpoints[*].labels",
+                "spec.endpoints[*].weight",
+                "spec.endpoints[*].locality",
+                "spec.endpoints[*].serviceAccount",
+                "spec.workloadSelector",
+                "spec.exportTo",
+            ],
+        );
+        if resource.spec.resolution != Resolution::DynamicDns {
+            diags.honour(resource.doc, "spec.resolution");
+        }
+    }
+    for resource in set.workload_entries() {
+        for field in ["address", "ports", "labels", "weight", "locality", "serviceAccount"] {
+            diags.honour(resource.doc, &format!("spec.{field}"));
+        }
+    }
+    for resource in set.gateways() {
+        diags.honour_all(
+            resource.doc,
+            &["spec.selector", "spec.servers[*].hosts", "spec.servers[*].bind", "spec.servers[*].name"],
+        );
+        for (at, server) in resource.spec.servers.iter().enumerate() {
+            if super::gateway::is_plain_http(server) {
+                diags.honour(resource.doc, &format!("spec.servers[{at}].port"));
+                honour_redirect(server, resource.doc, at, diags);
+            }
+        }
+    }
+    for resource in set.sidecars() {
+        diags.honour_all(
+            resource.doc,
+            &["spec.workloadSelector", "spec.egress[*].hosts", "spec.outboundTrafficPolicy.mode"],
+        );
+    }
+    for doc in set.services().iter().map(|service| service.doc) {
+        diags.honour(doc, "spec");
+    }
+    for doc in set.endpoints().iter().map(|endpoints| endpoints.doc) {
+        diags.honour(doc, "subsets");
+    }
+    for doc in set.endpoint_slices().iter().map(|slice| slice.doc) {
+        diags.honour_all(doc, &["endpoints", "ports", "addressType"]);
+    }
+}
+
+fn honour_redirect(server: &Server, doc: mesh_core::diagnostics::DocId, at: usize, diags: &mut Diagnostics) {
+    if server.tls.as_ref().is_some_and(|tls| tls.https_redirect) {
+        diags.honour(doc, &format!("spec.servers[{at}].tls.httpsRedirect"));
+    }
+}
+
+/// Plaintext is what there is; every other mode is reported, and refused at run time.
+fn honour_disabled_tls(
+    resource: &mesh_core::istio::Resource<mesh_core::istio::types::destination_rule::DestinationRule>,
+    diags: &mut Diagnostics,
+) {
+    let mut policies = vec![("spec.trafficPolicy".to_owned(), resource.spec.traffic_policy.as_deref())];
+    policies.extend(
+        resource.spec.subsets.iter().enumerate().map(|(at, subset)| {
+            (format!("spec.subsets[{at}].trafficPolicy"), subset.traffic_policy.as_deref())
+        }),
+    );
+    for (path, policy) in policies {
+        let Some(policy) = policy else { continue };
+        let disabled = |tls: &Option<mesh_core::istio::types::destination_rule::ClientTlsSettings>| {
+            tls.as_ref().is_some_and(|tls| tls.mode == ClientTlsMode::Disable)
+        };
+        if disabled(&policy.tls) {
+            diags.honour(resource.doc, &format!("{path}.tls"));
+        }
+        for (at, port) in policy.port_level_settings.iter().enumerate() {
+            if disabled(&port.tls) {
+                diags.honour(resource.doc, &format!("{path}.portLevelSettings[{at}].tls"));
+            }
+        }
+    }
+}

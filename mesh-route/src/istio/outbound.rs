@@ -1,0 +1,209 @@
+//! The outbound routes of a sidecar: what its workload may ask for.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use mesh_core::diagnostics::{Diagnostics, Severity};
+use mesh_core::istio::Resource;
+use mesh_core::istio::types::sidecar::OutboundMode;
+use mesh_core::istio::types::virtual_service::{HttpRoute, VirtualService};
+use mesh_core::registry::Service;
+
+use super::clusters::Clusters;
+use super::delegate;
+use super::http::{Place, Rules, names_gateway};
+use super::mesh::{Mesh, host_covers};
+use crate::route::{Route, RouteAction, RouteMatch};
+use crate::table::{KeyedBy, RouteTable, VirtualHost};
+
+/// The gateway name that stands for every sidecar.
+const MESH: &str = "mesh";
+
+/// The port of a plain HTTP URL.
+const HTTP: u16 = 80;
+
+pub(super) fn table<'m>(
+    mesh: &'m Mesh<'m>,
+    clusters: &mut Clusters<'m>,
+    diags: &mut Diagnostics,
+) -> RouteTable {
+    let mut table = RouteTable::empty(KeyedBy::Destination);
+    let services = mesh.visible();
+    let owners = owners(mesh, diags);
+    let mut claimed: BTreeSet<&str> = BTreeSet::new();
+    let gateways = [MESH.to_owned()];
+    for service in &services {
+        clusters.all_of(service);
+        let owner = owners.for_host(&service.host);
+        if let Some(owner) = owner {
+            claimed.extend(
+                owner.hosts.iter().filter(|host| host_covers(host, &service.host)).map(String::as_str),
+            );
+        }
+        let mut hosts = Vec::new();
+        for port in service.ports.iter().filter(|port| port.protocol.is_http()) {
+            let routes = match owner.filter(|owner| !owner.rules.is_empty()) {
+                Some(owner) => {
+                    let place = Place { gateways: &gateways, port: Some(port.number) };
+                    Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place)
+                }
+                None => default_route(clusters, service, port.number).into_iter().collect(),
+            };
+            let name = format!("{}:{}", service.host, port.number);
+            hosts.push((port.number, Arc::new(VirtualHost::new(name, routes))));
+        }
+        add(mesh, &mut table, service, &hosts);
+    }
+    // Hosts of virtual services that no service has answer at the port of plain HTTP.
+    for owner in &owners.all {
+        for host in owner.hosts.iter().filter(|host| !claimed.contains(host.as_str())) {
+            let place = Place { gateways: &gateways, port: Some(HTTP) };
+            let routes = Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place);
+            if routes.is_empty() {
+                continue;
+            }
+            let virtual_host = Arc::new(VirtualHost::new(format!("{host}:{HTTP}"), routes));
+            for domain in domains(mesh, host) {
+                // A name that a service has already is the service's.
+                let _ = table.insert(Some(HTTP), &domain, Arc::clone(&virtual_host));
+                let _ = table.insert(None, &domain, Arc::clone(&virtual_host));
+            }
+        }
+    }
+    let mode = mesh.outbound_mode();
+    let unknown = clusters.unknown(mode);
+    let name = match mode {
+        OutboundMode::AllowAny => "allow_any",
+        OutboundMode::RegistryOnly => "block_all",
+    };
+    table.set_unknown(Arc::new(Route::new(
+        name,
+        RouteMatch::default(),
+        Arc::new(RouteAction::forward(unknown)),
+    )));
+    table
+}
+
+/// A virtual service as the owner of its hosts.
+struct Owner<'a> {
+    resource: &'a Resource<VirtualService>,
+    hosts: Vec<String>,
+    rules: Vec<(String, HttpRoute)>,
+}
+
+struct Owners<'a> {
+    all: Vec<Owner<'a>>,
+    exact: HashMap<String, usize>,
+}
+
+impl<'a> Owners<'a> {
+    /// The owner of a host: of its exact name, else of the longest wildcard that covers it.
+    fn for_host(&self, host: &str) -> Option<&Owner<'a>> {
+        if let Some(at) = self.exact.get(host) {
+            return self.all.get(*at);
+        }
+        let wildcards =
+            self.all.iter().flat_map(|owner| owner.hosts.iter().map(move |pattern| (owner, pattern)));
+        wildcards
+            .filter(|(_, pattern)| pattern.starts_with('*') && host_covers(pattern, host))
+            // Of equals the first, which is the oldest.
+            .fold(None, |best: Option<(&Owner<'a>, &String)>, next| match best {
+                Some(best) if best.1.len() >= next.1.len() => Some(best),
+                _ => Some(next),
+            })
+            .map(|(owner, _)| owner)
+    }
+}
+
+/// The virtual services of the mesh gateway. Of several for one host only the oldest counts (VS-07).
+fn owners<'m>(mesh: &'m Mesh<'m>, diags: &mut Diagnostics) -> Owners<'m> {
+    let mut owners = Owners { all: Vec::new(), exact: HashMap::new() };
+    let mut taken: HashMap<String, String> = HashMap::new();
+    let gateways = [MESH.to_owned()];
+    for resource in mesh.set.virtual_services() {
+        let namespace = &resource.meta.namespace;
+        let spec = &resource.spec;
+        let attached = names_gateway(&spec.gateways, namespace, &gateways)
+            || spec.http.iter().flat_map(|rule| &rule.matches).any(|matched| {
+                !matched.gateways.is_empty() && names_gateway(&matched.gateways, namespace, &gateways)
+            });
+        let default = &mesh.config.default_virtual_service_export_to;
+        if spec.hosts.is_empty() || !attached || !mesh.is_exported(&spec.export_to, default, namespace) {
+            continue;
+        }
+        let mut hosts = Vec::with_capacity(spec.hosts.len());
+        for (at, host) in spec.hosts.iter().enumerate() {
+            let host = mesh.resolve(host, namespace);
+            if !mesh.imports(namespace, &host) {
+                continue;
+            }
+            match taken.get(&host) {
+                Some(first) => diags.report(
+                    resource.doc,
+                    Severity::Warning,
+                    format!("spec.hosts[{at}]"),
+                    format!("{host:?} belongs to the older virtual service {first}: these rules have no effect for it"),
+                    Some("IST0109"),
+                ),
+                None => {
+                    taken.insert(host.clone(), format!("{namespace}/{}", resource.meta.name));
+                    owners.exact.insert(host.clone(), owners.all.len());
+                    hosts.push(host);
+                }
+            }
+        }
+        if !hosts.is_empty() {
+            let rules = delegate::rules(mesh, resource, diags);
+            owners.all.push(Owner { resource, hosts, rules });
+        }
+    }
+    owners
+}
+
+fn default_route(clusters: &mut Clusters<'_>, service: &Service, port: u16) -> Option<Arc<Route>> {
+    let found = clusters.find(&service.host, Some(port), None, "");
+    let super::clusters::Found::Cluster(cluster) = found else { return None };
+    Some(Arc::new(Route::new("default", RouteMatch::default(), Arc::new(RouteAction::forward(cluster)))))
+}
+
+/// Adds the virtual hosts of a service: at each of its ports, and for requests that name no port at 80, else at its
+/// only HTTP port. A service with several and none of them 80 answers such requests with 404 `NR`.
+fn add(mesh: &Mesh<'_>, table: &mut RouteTable, service: &Service, hosts: &[(u16, Arc<VirtualHost>)]) {
+    let mut names = domains(mesh, &service.host);
+    names.extend(
+        service
+            .addresses
+            .iter()
+            .filter(|address| !address.contains('/'))
+            .map(|address| if address.contains(':') { format!("[{address}]") } else { address.to_string() }),
+    );
+    let without_port = match hosts {
+        [] => return,
+        [(_, only)] => Arc::clone(only),
+        several => match several.iter().find(|(port, _)| *port == HTTP) {
+            Some((_, host)) => Arc::clone(host),
+            None => Arc::new(VirtualHost::new(service.host.as_ref(), [])),
+        },
+    };
+    for name in &names {
+        // A name that two services share belongs to the first; the names themselves are unique but for aliases.
+        let _ = table.insert(None, name, Arc::clone(&without_port));
+        for (port, host) in hosts {
+            let _ = table.insert(Some(*port), name, Arc::clone(host));
+        }
+    }
+}
+
+/// The names that a host answers to: for `n.ns.svc.DOMAIN` also `n.ns.svc` and `n.ns`, and for clients in `ns` `n`.
+fn domains(mesh: &Mesh<'_>, host: &str) -> Vec<String> {
+    let mut names = vec![host.to_owned()];
+    let suffix = format!(".svc.{}", mesh.cx.cluster_domain);
+    if let Some((name, namespace)) = host.strip_suffix(&suffix).and_then(|short| short.rsplit_once('.')) {
+        names.push(format!("{name}.{namespace}.svc"));
+        names.push(format!("{name}.{namespace}"));
+        if namespace == mesh.namespace() && !name.starts_with('*') {
+            names.push(name.to_owned());
+        }
+    }
+    names
+}

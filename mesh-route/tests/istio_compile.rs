@@ -1,0 +1,339 @@
+//! Istio YAML compiled and asked: which route takes a request, and where it goes.
+#![cfg(feature = "istio")]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use mesh_core::config::{Compile as _, CompileContext, Role};
+use mesh_core::diagnostics::{Diagnostics, Severity};
+use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile};
+use mesh_core::{ConnInfo, Direction};
+use mesh_route::{Decision, Explanation, RequestView, RouteTable, explain};
+
+const SERVICES: &str = r#"
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: reviews, namespace: default}
+spec:
+  hosts: [reviews.default.svc.cluster.local]
+  location: MESH_INTERNAL
+  resolution: STATIC
+  addresses: [10.9.8.7]
+  ports: [{number: 9080, name: http, protocol: HTTP}]
+  endpoints:
+  - {address: 127.0.0.1, ports: {http: 1001}, labels: {version: v1}}
+  - {address: 127.0.0.1, ports: {http: 1003}, labels: {version: v3}, weight: 3}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: other}
+spec:
+  clusterIP: 10.0.0.9
+  ports: [{name: http, port: 80, targetPort: 8080}, {name: http-admin, port: 81}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: two, namespace: default}
+spec:
+  ports: [{name: http-a, port: 8081}, {name: http-b, port: 8082}]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: reviews, namespace: default}
+spec:
+  host: reviews
+  subsets:
+  - {name: v1, labels: {version: v1}}
+  - {name: v3, labels: {version: v3}}
+"#;
+
+fn compile_for(role: Role, yaml: &str) -> (RouteTable, Diagnostics) {
+    let file = SourceFile::new("<test>", format!("{SERVICES}\n---\n{yaml}"));
+    let (set, mut diags) = ResourceSet::load(&[file], &LoadOptions::default());
+    assert!(!diags.has_errors(), "{diags}");
+    let mut cx = CompileContext::new(role);
+    cx.workload.labels = [("istio".to_owned(), "ingressgateway".to_owned())].into();
+    let table = RouteTable::compile(&set, &cx, &mut diags).unwrap();
+    (table, diags)
+}
+
+fn compile(yaml: &str) -> RouteTable {
+    compile_for(Role::Sidecar, yaml).0
+}
+
+fn ask(table: &RouteTable, url: &str) -> Explanation {
+    ask_on(table, url, &ConnInfo::unknown(Direction::Outbound))
+}
+
+fn ask_on(table: &RouteTable, url: &str, conn: &ConnInfo) -> Explanation {
+    let request = http::Request::get(url).body(()).unwrap();
+    explain(table, &RequestView::new(&request, conn), conn, 7)
+}
+
+fn clusters(explanation: &Explanation) -> Vec<(u32, String)> {
+    match &explanation.decision {
+        Decision::Forward { destinations, .. } => {
+            destinations.iter().map(|(weight, name, _)| (*weight, name.to_string())).collect()
+        }
+        other => panic!("not forwarded: {other:?}\n{explanation}"),
+    }
+}
+
+fn warnings(diags: &Diagnostics) -> Vec<String> {
+    diags.iter().filter(|d| d.severity == Severity::Warning).map(ToString::to_string).collect()
+}
+
+#[test]
+fn every_name_of_a_service_leads_to_it() {
+    let table = compile("");
+    for authority in [
+        "reviews",
+        "Reviews:9080",
+        "reviews.default",
+        "reviews.default.svc",
+        "reviews.default.svc.cluster.local",
+        "reviews.default.svc.cluster.local.",
+        "reviews.default.svc.cluster.local:9080",
+        "10.9.8.7",
+        "10.9.8.7:9080",
+    ] {
+        let explanation = ask(&table, &format!("http://{authority}/"));
+        assert_eq!(
+            clusters(&explanation),
+            [(0, "outbound|9080||reviews.default.svc.cluster.local".to_owned())],
+            "{authority}"
+        );
+    }
+    assert_eq!(
+        clusters(&ask(&table, "http://web.other/")),
+        [(0, "outbound|80||web.other.svc.cluster.local".to_owned())]
+    );
+    assert_eq!(
+        clusters(&ask(&table, "http://web.other:81/")),
+        [(0, "outbound|81||web.other.svc.cluster.local".to_owned())]
+    );
+    // A client of another namespace does not know it by its first name.
+    assert_eq!(clusters(&ask(&table, "http://web/")), [(0, "PassthroughCluster".to_owned())]);
+    // Several HTTP ports, none of them 80, and none named.
+    assert!(matches!(ask(&table, "http://two/").decision, Decision::NotFound));
+    assert_eq!(
+        clusters(&ask(&table, "http://two:8082/")),
+        [(0, "outbound|8082||two.default.svc.cluster.local".to_owned())]
+    );
+    // A port that the service does not have.
+    assert_eq!(clusters(&ask(&table, "http://reviews:1/")), [(0, "PassthroughCluster".to_owned())]);
+}
+
+#[test]
+fn sc_02_registry_only_leads_into_the_black_hole() {
+    let table = compile(
+        "apiVersion: networking.istio.io/v1\nkind: Sidecar\nmetadata: {name: s, namespace: default}\nspec: {outboundTrafficPolicy: {mode: REGISTRY_ONLY}}\n",
+    );
+    assert_eq!(clusters(&ask(&table, "http://nobody/")), [(0, "BlackHoleCluster".to_owned())]);
+}
+
+#[test]
+fn sc_01_a_sidecar_imports_only_what_it_names() {
+    let table = compile(
+        "apiVersion: networking.istio.io/v1\nkind: Sidecar\nmetadata: {name: s, namespace: default}\nspec: {egress: [{hosts: ['./*']}]}\n",
+    );
+    assert_eq!(clusters(&ask(&table, "http://web.other/")), [(0, "PassthroughCluster".to_owned())]);
+    assert!(clusters(&ask(&table, "http://reviews/"))[0].1.contains("reviews"));
+}
+
+#[test]
+fn vs_r02_a_split_over_subsets() {
+    let table = compile(
+        "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: reviews, namespace: default}
+spec:
+  hosts: [reviews]
+  http:
+  - match: [{headers: {end-user: {exact: jason}}}]
+    route: [{destination: {host: reviews, subset: v3}}]
+  - name: canary
+    route:
+    - {destination: {host: reviews, subset: v1}, weight: 90}
+    - {destination: {host: reviews, subset: v3}, weight: 10}
+",
+    );
+    let explanation = ask(&table, "http://reviews/");
+    assert_eq!(
+        clusters(&explanation),
+        [
+            (90, "outbound|9080|v1|reviews.default.svc.cluster.local".to_owned()),
+            (10, "outbound|9080|v3|reviews.default.svc.cluster.local".to_owned())
+        ]
+    );
+    assert_eq!(explanation.route.as_ref().unwrap().name(), "canary");
+    assert_eq!(explanation.passed_over.len(), 1);
+    assert_eq!(explanation.passed_over[0].unmet.predicate, r#"header end-user exact "jason""#);
+    assert_eq!(explanation.passed_over[0].unmet.seen, None);
+}
+
+#[test]
+fn vs_09_unknown_hosts_and_subsets_are_warned_of_and_nc() {
+    let (table, diags) = compile_for(
+        Role::Sidecar,
+        "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: reviews, namespace: default}
+spec:
+  hosts: [reviews]
+  http:
+  - match: [{uri: {prefix: /a}}]
+    route: [{destination: {host: nobody}}]
+  - route: [{destination: {host: reviews, subset: v9}}]
+",
+    );
+    let warnings = warnings(&diags);
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(warnings[0].contains("spec.http[0].route[0].destination.host") && warnings[0].contains("503 NC"));
+    assert!(warnings[1].contains("spec.http[1].route[0].destination.subset"));
+    let Decision::Forward { destinations, .. } = ask(&table, "http://reviews/a").decision else { panic!() };
+    assert!(destinations[0].2.is_none());
+}
+
+#[test]
+fn vs_07_the_oldest_owns_a_host_in_the_mesh() {
+    let rule = |name: &str, stamp: &str, path: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: {name}, namespace: default, creationTimestamp: '{stamp}'}}\nspec:\n  hosts: [reviews]\n  http: [{{match: [{{uri: {{prefix: {path}}}}}], route: [{{destination: {{host: reviews}}}}]}}]\n"
+        )
+    };
+    let yaml = format!(
+        "{}---\n{}",
+        rule("young", "2026-02-01T00:00:00Z", "/young"),
+        rule("old", "2026-01-01T00:00:00Z", "/old")
+    );
+    let (table, diags) = compile_for(Role::Sidecar, &yaml);
+    assert!(ask(&table, "http://reviews/old").route.is_some());
+    assert!(ask(&table, "http://reviews/young").route.is_none());
+    assert!(warnings(&diags)[0].contains("IST0109"));
+}
+
+#[test]
+fn vs_m10_to_m13_selectors_are_judged_when_compiling() {
+    let table = compile(
+        "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: two, namespace: default}
+spec:
+  hosts: [two]
+  http:
+  - {name: by-port, match: [{port: 8081}], route: [{destination: {host: two, port: {number: 8082}}}]}
+  - {name: by-labels, match: [{sourceLabels: {app: nobody}}], route: [{destination: {host: reviews}}]}
+  - {name: by-namespace, match: [{sourceNamespace: nowhere}], route: [{destination: {host: reviews}}]}
+  - {name: overriding, match: [{gateways: [mesh], sourceLabels: {app: nobody}, uri: {prefix: /o}}], route: [{destination: {host: reviews}}]}
+",
+    );
+    let name = |url: &str| ask(&table, url).route.map(|route| route.name().to_owned());
+    assert_eq!(name("http://two:8081/").as_deref(), Some("by-port"));
+    assert_eq!(name("http://two:8082/"), None);
+    assert_eq!(name("http://two:8082/o").as_deref(), Some("overriding"));
+}
+
+#[test]
+fn vs_g01_a_delegate_continues_the_root() {
+    let table = compile(
+        "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: root, namespace: default}
+spec:
+  hosts: [reviews]
+  http: [{name: root, match: [{uri: {prefix: /a}}], delegate: {name: inner}}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: inner, namespace: default}
+spec:
+  http:
+  - {name: deep, match: [{uri: {prefix: /a/b}}], route: [{destination: {host: reviews, subset: v1}}]}
+  - {name: out, match: [{uri: {prefix: /c}}], route: [{destination: {host: reviews, subset: v3}}]}
+  - {name: rest, route: [{destination: {host: reviews}}]}
+",
+    );
+    let name = |url: &str| ask(&table, url).route.map(|route| route.name().to_owned());
+    assert_eq!(name("http://reviews/a/b/c").as_deref(), Some("root-deep"));
+    assert_eq!(name("http://reviews/a").as_deref(), Some("root-rest"));
+    assert_eq!(name("http://reviews/c"), None);
+}
+
+#[test]
+fn gw_02_hosts_and_merged_virtual_services() {
+    let (table, diags) = compile_for(
+        Role::Gateway,
+        "
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: edge, namespace: default}
+spec:
+  selector: {istio: ingressgateway}
+  servers:
+  - {port: {number: 80, name: http, protocol: HTTP}, hosts: ['*.example.com', 'other/only.other']}
+  - {port: {number: 81, name: redirect, protocol: HTTP}, hosts: ['*'], tls: {httpsRedirect: true}}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: all, namespace: default, creationTimestamp: '2026-01-01T00:00:00Z'}
+spec:
+  hosts: [a.example.com, example.com, only.other]
+  gateways: [edge]
+  http: [{name: all, route: [{destination: {host: reviews}}]}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: api, namespace: default, creationTimestamp: '2026-02-01T00:00:00Z'}
+spec:
+  hosts: [a.example.com]
+  gateways: [default/edge]
+  http: [{name: api, match: [{uri: {prefix: /api}}], route: [{destination: {host: web.other.svc.cluster.local, port: {number: 80}}}]}]
+",
+    );
+    let mut conn = ConnInfo::unknown(Direction::Gateway);
+    conn.port = 80;
+    let name = |url: &str| ask_on(&table, url, &conn).route.map(|route| route.name().to_owned());
+    assert_eq!(name("http://a.example.com/api/x").as_deref(), Some("api"), "{diags}");
+    assert_eq!(name("http://a.example.com:12345/").as_deref(), Some("all"));
+    assert_eq!(name("http://example.com/"), None, "a wildcard does not cover its parent");
+    assert_eq!(name("http://only.other/"), None, "bound for another namespace");
+    conn.port = 81;
+    match ask_on(&table, "http://x.y/z?q", &conn).decision {
+        Decision::Redirect { status: 301, location } => assert_eq!(location, "https://x.y/z?q"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_is_not_enforced_is_reported() {
+    let file = SourceFile::new(
+        "<test>",
+        "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: v, namespace: default}
+spec:
+  hosts: [v]
+  http: [{retries: {attempts: 3}, route: [{destination: {host: v}}]}]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: d, namespace: default}
+spec: {host: v, trafficPolicy: {tls: {mode: ISTIO_MUTUAL}, loadBalancer: {simple: RANDOM}}}
+",
+    );
+    let (set, mut diags) = ResourceSet::load(&[file], &LoadOptions::default());
+    RouteTable::compile(&set, &CompileContext::new(Role::Sidecar), &mut diags).unwrap();
+    let left: Vec<_> =
+        set.unhonoured(&diags, Severity::Error).into_iter().map(|d| (d.severity, d.path)).collect();
+    assert_eq!(
+        left,
+        [
+            (Severity::Warning, "spec.http[0].retries".to_owned()),
+            (Severity::Error, "spec.trafficPolicy.tls".to_owned())
+        ]
+    );
+}
