@@ -261,7 +261,9 @@ mod tests {
         assert_eq!(pairs(&[]), Ok(vec![]));
         assert_eq!(pairs(&["--inbound", "127.0.0.1:1"]), Ok(vec![("127.0.0.1:1".parse().unwrap(), APP)]));
         assert_eq!(pairs(&["--app", "127.0.0.1:2"]), Ok(vec![(INBOUND, "127.0.0.1:2".parse().unwrap())]));
-        assert!(pairs(&["--inbound", "127.0.0.1:1", "--inbound", "127.0.0.1:2", "--app", "127.0.0.1:3"]).is_err());
+        assert!(
+            pairs(&["--inbound", "127.0.0.1:1", "--inbound", "127.0.0.1:2", "--app", "127.0.0.1:3"]).is_err()
+        );
     }
 
     #[test]
@@ -272,7 +274,10 @@ mod tests {
         assert_eq!(cx.workload.labels["istio"], "ingressgateway");
         let labelled = Gateway::try_parse_from(["gateway", "--labels", "a=b,c="]).unwrap();
         let labels = labelled.common.compile_context(Role::Gateway).workload.labels;
-        assert_eq!(labels.into_iter().collect::<Vec<_>>(), [("a".into(), "b".into()), ("c".into(), String::new())]);
+        assert_eq!(
+            labels.into_iter().collect::<Vec<_>>(),
+            [("a".into(), "b".into()), ("c".into(), String::new())]
+        );
         assert!(Gateway::try_parse_from(["gateway", "--map-port", "80"]).is_err());
         assert!(Gateway::try_parse_from(["gateway", "--labels", "=x"]).is_err());
     }

@@ -1,1 +1,15 @@
-//! placeholder
+//! The sidecar and the gateway: thin compositions of the mesh layers.
+//!
+//! [`compose`] is the composition in plain sight; everything else here is what a program around it needs: a command
+//! line, a control plane that loads and watches configuration, admin endpoints, a demo.
+
+pub mod admin;
+pub mod cli;
+pub mod compose;
+pub mod control;
+pub mod demo;
+mod explain;
+mod logging;
+mod run;
+
+pub use run::{gateway, sidecar};

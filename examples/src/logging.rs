@@ -6,7 +6,7 @@ use tracing_subscriber::EnvFilter;
 ///
 /// # Errors
 /// When `filter` cannot be parsed, in words for the user.
-pub fn init(filter: &str) -> Result<(), String> {
+pub(crate) fn init(filter: &str) -> Result<(), String> {
     let parsed = EnvFilter::try_new(filter).map_err(|error| format!("--log {filter}: {error}"))?;
     tracing_subscriber::fmt()
         .with_env_filter(parsed)

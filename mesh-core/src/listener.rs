@@ -88,7 +88,9 @@ impl ListenerSpec {
         Arc::clone(&self.name)
     }
 
-    pub(crate) const fn direction(&self) -> Direction {
+    /// Which side of the workload it serves.
+    #[must_use]
+    pub const fn direction(&self) -> Direction {
         self.direction
     }
 

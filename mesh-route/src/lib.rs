@@ -11,6 +11,8 @@ mod cluster;
 mod connect;
 mod direct_response;
 mod dispatch;
+#[cfg(feature = "istio")]
+pub mod dump;
 mod endpoint;
 mod explain;
 pub mod headers;

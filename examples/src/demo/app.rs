@@ -65,10 +65,18 @@ impl Bookinfo {
     /// How many requests every server has answered, by `SERVICE-VERSION`.
     #[must_use]
     pub fn served(&self) -> BTreeMap<&str, u64> {
-        self.served.iter().map(|(workload, count)| (workload.as_str(), count.load(Ordering::Relaxed))).collect()
+        self.served
+            .iter()
+            .map(|(workload, count)| (workload.as_str(), count.load(Ordering::Relaxed)))
+            .collect()
     }
 
-    async fn answer(&self, service: &str, version: &str, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(
+        &self,
+        service: &str,
+        version: &str,
+        request: Request<Incoming>,
+    ) -> Response<Full<Bytes>> {
         if let Some(count) = self.served.get(&format!("{service}-{version}")) {
             count.fetch_add(1, Ordering::Relaxed);
         }
@@ -135,7 +143,9 @@ async fn serve(bookinfo: Arc<Bookinfo>, service: &'static str, version: &'static
                 async move { Ok::<_, Infallible>(bookinfo.answer(service, version, request).await) }
             });
             // A client that goes away is no event for the demo.
-            let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), answer)
+                .await;
         });
     }
 }

@@ -11,6 +11,7 @@ mod string;
 
 pub use cidr::{CidrSet, InvalidCidr};
 pub use header::HeaderMatcher;
+pub(crate) use header::joined;
 pub use host::{DuplicateHost, HostMap};
 pub use query::QueryMatcher;
 pub use string::{InvalidPattern, StringMatcher};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mesh_core::diagnostics::Diagnostics;
 use mesh_core::istio::Resource;
-use mesh_core::istio::types::gateway::{Gateway, Server};
+use mesh_core::istio::types::gateway::Gateway;
 use mesh_core::istio::types::virtual_service::HttpRoute;
 
 use super::clusters::Clusters;
@@ -15,13 +15,6 @@ use super::mesh::{Mesh, host_covers, selects};
 use crate::redirect::Redirect;
 use crate::route::{ActionKind, Route, RouteAction, RouteMatch};
 use crate::table::{KeyedBy, RouteTable, VirtualHost};
-
-/// Whether a server is plain HTTP, which is what this version serves. One with TLS is never served without it.
-pub(super) fn is_plain_http(server: &Server) -> bool {
-    let protocol = server.port.as_ref().map_or("", |port| port.protocol.as_str()).to_ascii_uppercase();
-    matches!(protocol.as_str(), "HTTP" | "HTTP2" | "GRPC" | "GRPC-WEB")
-        && server.tls.as_ref().is_none_or(|tls| tls.https_redirect)
-}
 
 pub(super) fn table<'m>(
     mesh: &'m Mesh<'m>,
@@ -107,7 +100,7 @@ struct Exposed {
 fn exposed(mesh: &Mesh<'_>) -> BTreeMap<u16, Vec<Exposed>> {
     let mut ports: BTreeMap<u16, Vec<Exposed>> = BTreeMap::new();
     for gateway in mesh.set.gateways().iter().filter(|gateway| is_selected(gateway, mesh)) {
-        for server in gateway.spec.servers.iter().filter(|server| is_plain_http(server)) {
+        for server in gateway.spec.servers.iter().filter(|server| server.is_plain_http()) {
             let Some(port) = server.port.as_ref().and_then(|port| u16::try_from(port.number).ok()) else {
                 continue;
             };

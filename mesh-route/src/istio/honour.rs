@@ -122,7 +122,7 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
             &["spec.selector", "spec.servers[*].hosts", "spec.servers[*].bind", "spec.servers[*].name"],
         );
         for (at, server) in resource.spec.servers.iter().enumerate() {
-            if super::gateway::is_plain_http(server) {
+            if server.is_plain_http() {
                 diags.honour(resource.doc, &format!("spec.servers[{at}].port"));
                 honour_redirect(server, resource.doc, at, diags);
             }

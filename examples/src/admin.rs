@@ -1,0 +1,307 @@
+//! The admin endpoints (PT-02, the part that reads), and Istio's health and Prometheus ports.
+//!
+//! They are served on the control plane's runtime, so that a slow reader stalls no request, and they answer during a
+//! drain: `/ready` is how a drain is announced.
+
+use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use http::header::{ALLOW, CONTENT_TYPE};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use mesh_core::diagnostics::{Diagnostic, Severity};
+use mesh_core::server::{HttpStack, Phase, Server};
+use mesh_core::{Body, Direction, Slot, Snapshots};
+use mesh_route::{Clusters, RouteTable, dump};
+use mesh_telemetry::access_log::AccessLogSink;
+use serde_json::{Value, json};
+
+use crate::control::Status;
+use crate::explain::Question;
+
+/// What the endpoints show.
+#[derive(Debug)]
+pub struct Admin {
+    /// `sidecar` or `gateway`.
+    pub binary: &'static str,
+    /// What became of the configuration.
+    pub status: Status,
+    /// The snapshots in force.
+    pub snapshots: Snapshots,
+    /// The routes that virtual services make.
+    pub routes: Slot<RouteTable>,
+    /// The routes to the applications, by inbound listener.
+    pub inbound: Vec<Slot<RouteTable>>,
+    /// The registry of cluster runtimes.
+    pub clusters: Clusters,
+    /// The listeners.
+    pub server: Arc<Server>,
+    /// The side of the workload that virtual services route.
+    pub direction: Direction,
+    /// Whom the configuration is compiled for, as the command line says it.
+    pub node: Value,
+    /// Where the access log goes, if it is on.
+    pub access_log: Option<AccessLogSink>,
+    /// When the process began.
+    pub started: Instant,
+}
+
+/// Which endpoints a port serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Port {
+    /// Everything: Istio's 15000.
+    Admin,
+    /// `/stats/prometheus`: Istio's 15090.
+    Prometheus,
+    /// Health and statistics: Istio's 15020.
+    Status,
+    /// Health: Istio's 15021.
+    Health,
+}
+
+const PATHS: &[(&str, &str)] = &[
+    ("/ready", "200 when requests are served, 503 during a drain; generation, accepted, rejected"),
+    ("/healthz/ready", "the same, for probes"),
+    ("/config_dump", "the configuration in force: routes, diagnostics, what is not enforced"),
+    ("/clusters", "every cluster with its endpoints and counters"),
+    ("/listeners", "every listener with its address and counters"),
+    ("/server_info", "version, workload, uptime"),
+    ("/explain?url=http://HOST/PATH", "which rule takes a request, and why not the ones before it"),
+    ("/stats/prometheus", "counters of the process"),
+];
+
+impl Admin {
+    /// The stack of one port.
+    pub fn stack(self: &Arc<Self>, port: Port) -> impl HttpStack + use<> {
+        let admin = Arc::clone(self);
+        tower::service_fn(move |request: Request<Body>| {
+            let admin = Arc::clone(&admin);
+            async move { Ok::<_, Infallible>(admin.respond(port, &request)) }
+        })
+    }
+
+    fn respond(&self, port: Port, request: &Request<Body>) -> Response<Body> {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut response =
+                text(StatusCode::METHOD_NOT_ALLOWED, "these endpoints are read with GET\n".to_owned());
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return response;
+        }
+        let path = request.uri().path();
+        let health = matches!(path, "/healthz/ready");
+        let stats = matches!(path, "/stats/prometheus");
+        let served = match port {
+            Port::Admin => true,
+            Port::Prometheus => stats,
+            Port::Status => stats || health,
+            Port::Health => health,
+        };
+        match path {
+            _ if !served => not_found(port),
+            "/" => text(StatusCode::OK, index()),
+            "/ready" | "/healthz/ready" => self.ready(),
+            "/config_dump" => json(StatusCode::OK, &self.config_dump()),
+            "/clusters" => json(StatusCode::OK, &dump::clusters(&self.tables())),
+            "/listeners" => json(StatusCode::OK, &self.listeners()),
+            "/server_info" => json(StatusCode::OK, &self.server_info()),
+            "/explain" => self.explain(request.uri().query().unwrap_or("")),
+            "/stats/prometheus" => text(StatusCode::OK, self.prometheus()),
+            _ => not_found(port),
+        }
+    }
+
+    fn tables(&self) -> Vec<Arc<RouteTable>> {
+        let snapshot = self.snapshots.load();
+        std::iter::once(&self.routes)
+            .chain(&self.inbound)
+            .filter_map(|slot| snapshot.get_shared(slot))
+            .collect()
+    }
+
+    fn ready(&self) -> Response<Body> {
+        let loaded = self.status.read();
+        let phase = self.server.drain().phase();
+        let security: Vec<_> = loaded
+            .not_enforced
+            .iter()
+            .filter(|diagnostic| is_security(diagnostic))
+            .map(ToString::to_string)
+            .collect();
+        for warning in &security {
+            // Said again and again: it must not be missed.
+            tracing::warn!("security configuration is not enforced: {warning}");
+        }
+        let live = phase == Phase::Serving && loaded.since.is_some();
+        let body = json!({
+            "state": if live { "LIVE" } else { "DRAINING" },
+            "generation": loaded.generation,
+            "accepted": loaded.accepted,
+            "rejected": loaded.rejected,
+            "security_not_enforced": security,
+        });
+        json(if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &body)
+    }
+
+    fn config_dump(&self) -> Value {
+        let loaded = self.status.read();
+        let tables = self.tables();
+        json!({
+            "generation": loaded.generation,
+            "accepted": loaded.accepted,
+            "rejected": loaded.rejected,
+            "since": loaded.since.map(|since| humantime::format_rfc3339_millis(since).to_string()),
+            "routes": tables.first().map(|table| dump::routes(table)),
+            "inbound": tables.iter().skip(1).map(|table| dump::routes(table)).collect::<Vec<_>>(),
+            "last_load": loaded.diagnostics.iter().map(Diagnostic::to_json).collect::<Vec<_>>(),
+            "not_enforced": loaded.not_enforced.iter().map(Diagnostic::to_json).collect::<Vec<_>>(),
+        })
+    }
+
+    fn listeners(&self) -> Value {
+        let listeners: Vec<_> = self
+            .server
+            .status()
+            .into_iter()
+            .map(|listener| {
+                json!({
+                    "name": &*listener.name,
+                    "address": listener.address.to_string(),
+                    "direction": listener.direction.as_str(),
+                    "protocol": format!("{:?}", listener.protocol).to_ascii_lowercase(),
+                    "phase": format!("{:?}", listener.phase).to_ascii_lowercase(),
+                    "open": listener.open,
+                    "accepted": listener.accepted,
+                    "refused": listener.refused,
+                    "loops": listener.loops,
+                    "passed_on": listener.passed_on,
+                    "accept_errors": listener.accept_errors,
+                })
+            })
+            .collect();
+        json!({ "listeners": listeners })
+    }
+
+    fn server_info(&self) -> Value {
+        json!({
+            "binary": self.binary,
+            "version": env!("CARGO_PKG_VERSION"),
+            "state": format!("{:?}", self.server.drain().phase()).to_ascii_lowercase(),
+            "uptime_seconds": mesh_core::clock::now().saturating_duration_since(self.started).as_secs(),
+            "node": self.node,
+        })
+    }
+
+    fn explain(&self, query: &str) -> Response<Body> {
+        let question = match Question::parse(query) {
+            Ok(question) => question,
+            Err(reason) => return json(StatusCode::BAD_REQUEST, &json!({ "error": reason })),
+        };
+        let direction = match question.direction {
+            Some(Direction::Inbound) => Direction::Inbound,
+            _ => self.direction,
+        };
+        let snapshot = self.snapshots.load();
+        let slot = match direction {
+            Direction::Inbound => self.inbound.first(),
+            _ => Some(&self.routes),
+        };
+        let Some(table) = slot.and_then(|slot| snapshot.get(slot)) else {
+            let reason = format!("this process has no {} listener", direction.as_str());
+            return json(StatusCode::NOT_FOUND, &json!({ "error": reason }));
+        };
+        let seed = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
+        json(StatusCode::OK, &question.answer(table, direction, seed))
+    }
+
+    fn prometheus(&self) -> String {
+        let loaded = self.status.read();
+        let mut out = String::new();
+        let mut metric = |name: &str, kind: &str, help: &str, value: u64| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}");
+        };
+        metric("mesh_config_generation", "gauge", "The generation in force.", loaded.generation);
+        metric(
+            "mesh_config_accepted_total",
+            "counter",
+            "Configurations that were accepted.",
+            loaded.accepted,
+        );
+        metric(
+            "mesh_config_rejected_total",
+            "counter",
+            "Configurations that were rejected.",
+            loaded.rejected,
+        );
+        metric("mesh_request_panics_total", "counter", "Panics of requests.", self.server.panics().count());
+        let dropped = self.access_log.as_ref().map_or(0, AccessLogSink::dropped);
+        metric("mesh_access_log_dropped_total", "counter", "Access log lines that were dropped.", dropped);
+        let _ = writeln!(
+            out,
+            "# HELP mesh_listener_connections Open connections.\n# TYPE mesh_listener_connections gauge"
+        );
+        for listener in self.server.status() {
+            let _ = writeln!(
+                out,
+                "mesh_listener_connections{{listener=\"{}\"}} {}",
+                listener.name, listener.open
+            );
+        }
+        out
+    }
+}
+
+/// Whether a finding is of a field that security rests on.
+fn is_security(diagnostic: &Diagnostic) -> bool {
+    let kind = diagnostic.resource.as_ref().map_or("", |resource| &*resource.kind);
+    diagnostic.severity == Severity::Error
+        || diagnostic.path.split('.').any(|segment| segment == "tls" || segment.starts_with("tls["))
+        || matches!(
+            kind,
+            "AuthorizationPolicy"
+                | "PeerAuthentication"
+                | "RequestAuthentication"
+                | "Policy"
+                | "MeshPolicy"
+                | "RbacConfig"
+                | "ClusterRbacConfig"
+                | "ServiceRole"
+                | "ServiceRoleBinding"
+        )
+}
+
+fn index() -> String {
+    PATHS.iter().fold(String::new(), |mut out, (path, what)| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(out, "{path:<32} {what}");
+        out
+    })
+}
+
+fn not_found(port: Port) -> Response<Body> {
+    let body = match port {
+        Port::Admin => format!("no such endpoint; there are\n{}", index()),
+        Port::Prometheus => "this port serves /stats/prometheus\n".to_owned(),
+        Port::Status => "this port serves /healthz/ready and /stats/prometheus\n".to_owned(),
+        Port::Health => "this port serves /healthz/ready\n".to_owned(),
+    };
+    text(StatusCode::NOT_FOUND, body)
+}
+
+fn json(status: StatusCode, value: &Value) -> Response<Body> {
+    let mut body = serde_json::to_string_pretty(value).unwrap_or_default();
+    body.push('\n');
+    reply(status, "application/json", body)
+}
+
+fn text(status: StatusCode, body: String) -> Response<Body> {
+    reply(status, "text/plain; charset=utf-8", body)
+}
+
+fn reply(status: StatusCode, content_type: &'static str, body: String) -> Response<Body> {
+    let mut response = Response::new(Body::from(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}

@@ -1,0 +1,54 @@
+//! The composition of the proxies, in plain sight.
+//!
+//! The order is a public contract, and a test holds it. Outermost first:
+//!
+//! | layer | why here |
+//! |---|---|
+//! | `AccessLog` | only here are local replies, clients that left and bodies that were cut seen |
+//! | `LocalReply` | the one place that makes an HTTP or gRPC reply of an error |
+//! | `CatchPanic` | a panic below is the 500 of one request |
+//! | `Normalize` | before anything decides: all that follows reads one request |
+//! | `SelectRoute` | selection precedes what is per route |
+//! | `Headers` | the route's operations, on replies too |
+//! | `dispatch` | redirects, answers, or sends upstream; always ready |
+
+use std::sync::Arc;
+
+use mesh_core::server::HttpStack;
+use mesh_core::{CatchPanicLayer, Direction, EdgeSettings, LocalReplyLayer, NormalizeLayer, Panics, Slot};
+use mesh_route::{HeadersLayer, RouteTable, SelectRouteLayer, Shard, dispatch};
+use mesh_telemetry::access_log::AccessLogLayer;
+use tower::ServiceBuilder;
+
+/// What every stack of a process shares.
+#[derive(Clone, Debug)]
+pub struct Parts {
+    /// Where lines of the access log go.
+    pub access_log: AccessLogLayer,
+    /// Panics of requests.
+    pub panics: Panics,
+    /// How requests are normalised, per generation.
+    pub edge: Slot<EdgeSettings>,
+}
+
+/// What the workload sends: `direction` is outbound for a sidecar and gateway for a gateway.
+pub fn outbound(
+    parts: &Parts,
+    direction: Direction,
+    routes: Slot<RouteTable>,
+    shard: Arc<Shard>,
+) -> impl HttpStack + use<> {
+    ServiceBuilder::new()
+        .layer(parts.access_log.clone())
+        .layer(LocalReplyLayer::new(direction))
+        .layer(CatchPanicLayer::new(parts.panics.clone()))
+        .layer(NormalizeLayer::new(parts.edge.clone(), direction))
+        .layer(SelectRouteLayer::new(routes).direction(direction))
+        .layer(HeadersLayer::new())
+        .service(dispatch(shard))
+}
+
+/// What comes to the workload. `routes` leads to the application, whatever the host.
+pub fn inbound(parts: &Parts, routes: Slot<RouteTable>, shard: Arc<Shard>) -> impl HttpStack + use<> {
+    outbound(parts, Direction::Inbound, routes, shard)
+}

@@ -1,0 +1,207 @@
+//! The control plane of a process: from files to the generation in force.
+
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use mesh_core::config::{CompileContext, Compiler, Outcome};
+use mesh_core::diagnostics::{Diagnostic, Diagnostics, Severity};
+use mesh_core::istio::types::mesh_config::MeshConfig;
+use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile, UnknownFields};
+use mesh_core::watch::{self, Watcher};
+use mesh_core::{EdgeSettings, ListenerSet, Slot, Snapshots};
+use mesh_route::{Clusters, RouteTable};
+
+/// Where configuration comes from.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// Files and directories.
+    pub paths: Vec<PathBuf>,
+    /// Text that does not change: standard input, the demo.
+    pub fixed: Vec<SourceFile>,
+    /// A file with a MeshConfig.
+    pub mesh_config: Option<PathBuf>,
+}
+
+/// Loads, compiles and publishes.
+#[derive(Debug)]
+pub struct Control {
+    sources: Sources,
+    options: LoadOptions,
+    compiler: Compiler<ResourceSet>,
+    clusters: Clusters,
+    /// The routes that virtual services make.
+    pub routes: Slot<RouteTable>,
+    /// The listeners that gateways ask for.
+    pub listeners: Slot<ListenerSet>,
+    /// How requests are normalised.
+    pub edge: Slot<EdgeSettings>,
+    status: Status,
+}
+
+/// What became of the configuration, shared with the admin endpoints.
+#[derive(Clone, Debug, Default)]
+pub struct Status(Arc<Mutex<Loaded>>);
+
+/// What became of the configuration so far.
+#[derive(Clone, Debug, Default)]
+pub struct Loaded {
+    /// The generation in force.
+    pub generation: u64,
+    /// Configurations that were accepted.
+    pub accepted: u64,
+    /// Configurations that were rejected.
+    pub rejected: u64,
+    /// What was said of the last configuration that was loaded, accepted or not.
+    pub diagnostics: Vec<Diagnostic>,
+    /// What is in force and not enforced by this build.
+    pub not_enforced: Vec<Diagnostic>,
+    /// When the generation in force was accepted.
+    pub since: Option<SystemTime>,
+    /// The settings of the mesh in force.
+    pub access_log_file: String,
+}
+
+impl Status {
+    /// A copy of what is known now.
+    #[must_use]
+    pub fn read(&self) -> Loaded {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Loaded> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Sources {
+    /// The sources of a command line; `-` is read now.
+    ///
+    /// # Errors
+    /// When standard input cannot be read.
+    pub fn of(config: &[PathBuf], mesh_config: Option<&Path>) -> std::io::Result<Self> {
+        let mut sources = Self { mesh_config: mesh_config.map(Path::to_owned), ..Self::default() };
+        for path in config {
+            if path.as_os_str() == "-" {
+                let mut text = Vec::new();
+                std::io::stdin().read_to_end(&mut text)?;
+                sources.fixed.push(SourceFile::new("<stdin>", text));
+            } else {
+                sources.paths.push(path.clone());
+            }
+        }
+        Ok(sources)
+    }
+
+    /// Everything that is watched.
+    fn watched(&self) -> Vec<PathBuf> {
+        self.paths.iter().chain(&self.mesh_config).cloned().collect()
+    }
+}
+
+impl Control {
+    /// A control plane with every model of the proxies registered.
+    #[must_use]
+    pub fn new(context: CompileContext, sources: Sources, lenient: bool, clusters: Clusters) -> Self {
+        let unknown = if lenient { UnknownFields::Lenient } else { UnknownFields::Strict };
+        let options = LoadOptions::default()
+            .with_default_namespace(context.workload.namespace.as_str())
+            .with_unknown_fields(unknown);
+        let mut compiler = Compiler::new(context);
+        let routes = compiler.register::<RouteTable>();
+        let listeners = compiler.register::<ListenerSet>();
+        let edge = compiler.register::<EdgeSettings>();
+        let (registry, table) = (clusters.clone(), routes.clone());
+        compiler.before_publish(move |snapshot| {
+            if let Some(table) = snapshot.get(&table) {
+                registry.reconcile(table.clusters());
+            }
+        });
+        let status = Status::default();
+        Self { sources, options, compiler, clusters, routes, listeners, edge, status }
+    }
+
+    /// Where snapshots are published.
+    #[must_use]
+    pub fn snapshots(&self) -> &Snapshots {
+        self.compiler.snapshots()
+    }
+
+    /// The registry of cluster runtimes.
+    #[must_use]
+    pub fn clusters(&self) -> &Clusters {
+        &self.clusters
+    }
+
+    /// What became of the configuration, for the admin endpoints.
+    #[must_use]
+    pub fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// Reads every source once.
+    ///
+    /// # Errors
+    /// The first path that cannot be read, by name.
+    pub fn read(&self) -> std::io::Result<Vec<SourceFile>> {
+        watch::read(&self.sources.watched())
+    }
+
+    /// Compiles what was read, without publishing, and says everything there is to say: what `--check` prints.
+    #[must_use]
+    pub fn check(&self, files: &[SourceFile]) -> Diagnostics {
+        let (set, diagnostics) = self.load(files);
+        let (_, mut diagnostics) = self.compiler.check(&set, diagnostics);
+        let unhonoured = set.unhonoured(&diagnostics, Severity::Error);
+        diagnostics.extend(unhonoured);
+        diagnostics
+    }
+
+    /// Compiles what was read and publishes it if nothing in it is an error.
+    pub fn apply(&mut self, files: &[SourceFile]) -> Outcome {
+        let (set, diagnostics) = self.load(files);
+        let outcome = self.compiler.apply(&set, diagnostics);
+        let not_enforced = set.unhonoured(&outcome.diagnostics, Severity::Warning);
+        let (accepted, rejected) = self.compiler.counts();
+        let mut status = self.status.lock();
+        status.generation = outcome.generation;
+        (status.accepted, status.rejected) = (accepted, rejected);
+        status.diagnostics = outcome.diagnostics.iter().cloned().collect();
+        if outcome.accepted {
+            status.not_enforced = not_enforced;
+            status.since = Some(SystemTime::now());
+            status.access_log_file.clone_from(&set.mesh_config().access_log_file);
+        }
+        outcome
+    }
+
+    /// A watcher of the sources, of which `files` are in force; `None` when nothing is to be watched.
+    #[must_use]
+    pub fn watcher(&self, files: &[SourceFile]) -> Option<Watcher> {
+        let watched = self.sources.watched();
+        (!watched.is_empty()).then(|| Watcher::new(watched, files))
+    }
+
+    fn load(&self, files: &[SourceFile]) -> (ResourceSet, Diagnostics) {
+        let is_mesh_config = |file: &&SourceFile| {
+            self.sources.mesh_config.as_ref().is_some_and(|path| *file.name == *path.to_string_lossy())
+        };
+        let resources: Vec<_> = self
+            .sources
+            .fixed
+            .iter()
+            .chain(files.iter().filter(|file| !is_mesh_config(file)))
+            .cloned()
+            .collect();
+        let (mut set, mut diagnostics) = ResourceSet::load(&resources, &self.options);
+        if let Some(file) = files.iter().find(is_mesh_config) {
+            let (config, found) = MeshConfig::load(file);
+            diagnostics.extend(found);
+            if let Some(config) = config {
+                set = set.with_mesh_config(config);
+            }
+        }
+        (set, diagnostics)
+    }
+}

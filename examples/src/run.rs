@@ -1,0 +1,495 @@
+//! From a command line to a running proxy and its end.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_core::config::{CompileContext, Role};
+use mesh_core::diagnostics::Severity;
+use mesh_core::istio::SourceFile;
+use mesh_core::server::{BindError, DrainTimes, Drained, ListenerSpec, Server, ServerLimits, serve_here};
+use mesh_core::{ClusterName, Direction, GatewayListener, Panics, Slot};
+use mesh_route::{
+    Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, RouteBuilder, RouteTable, Shard,
+    UpstreamProtocol,
+};
+use mesh_telemetry::access_log::{AccessLogLayer, AccessLogSink};
+use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::admin::{Admin, Port};
+use crate::cli::{Common, Gateway, Sidecar};
+use crate::compose::{self, Parts};
+use crate::control::{Control, Sources};
+use crate::{demo, logging};
+
+/// How often the demo says what its applications have seen.
+const DEMO_REPORT: Duration = Duration::from_secs(2);
+
+/// Why a proxy did not start or go on, in words for its user.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0}")]
+    Usage(String),
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Failure {
+    fn other(error: impl ToString) -> Self {
+        Self::Other(error.to_string())
+    }
+}
+
+/// Runs the sidecar to its end.
+#[must_use]
+pub fn sidecar(args: Sidecar) -> ExitCode {
+    finish(on_runtime(run_sidecar(args)))
+}
+
+/// Runs the gateway to its end.
+#[must_use]
+pub fn gateway(args: Gateway) -> ExitCode {
+    finish(on_runtime(run_gateway(args)))
+}
+
+/// The control plane's runtime; requests are served by the workers' own.
+fn on_runtime(run: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("mesh-control")
+        .enable_all()
+        .build()
+        .map_err(Failure::other)?;
+    runtime.block_on(run)
+}
+
+fn finish(result: Result<(), Failure>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(message)) => {
+            eprintln!("error: {message}\n\nFor more information, try '--help'.");
+            ExitCode::from(2)
+        }
+        Err(Failure::Other(message)) => {
+            eprintln!("{}", message.trim_end());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run_sidecar(args: Sidecar) -> Result<(), Failure> {
+    logging::init(&args.common.log).map_err(Failure::Usage)?;
+    let pairs = args.inbound_pairs().map_err(Failure::Usage)?;
+    let mut sources = sources(&args.common)?;
+    let bookinfo = if args.runs_demo() {
+        let bookinfo = demo::start().await.map_err(Failure::other)?;
+        sources.fixed.insert(0, SourceFile::new("<demo>", demo::config(&bookinfo)));
+        Some(bookinfo)
+    } else {
+        None
+    };
+    let mut proxy = Proxy::prepare("sidecar", Role::Sidecar, &args.common, sources)?;
+    if args.common.check {
+        return proxy.check();
+    }
+    proxy.load()?;
+    proxy.start()?;
+    let outbound = ListenerSpec::new("outbound", args.outbound, Direction::Outbound).original_dst(true);
+    proxy.listen(outbound, "--outbound")?;
+    for (at, (inbound, app)) in pairs.into_iter().enumerate() {
+        proxy.listen_inbound(at, inbound, app)?;
+    }
+    let admin = proxy.listen_admin()?;
+    let outbound = proxy.addresses.first().map_or(args.outbound, |(_, address)| *address);
+    proxy.announce();
+    if let Some(bookinfo) = bookinfo {
+        bookinfo.connect(outbound);
+        eprint!("{}", demo::welcome(outbound, admin));
+        tokio::spawn(report(bookinfo));
+    }
+    proxy.serve(|_| {}).await
+}
+
+async fn run_gateway(args: Gateway) -> Result<(), Failure> {
+    logging::init(&args.common.log).map_err(Failure::Usage)?;
+    let sources = sources(&args.common)?;
+    let mut proxy = Proxy::prepare("gateway", Role::Gateway, &args.common, sources)?;
+    if args.common.check {
+        return proxy.check();
+    }
+    proxy.load()?;
+    proxy.start()?;
+    proxy.listen_admin()?;
+    let specs = gateway_listeners(&proxy, args.bind, &args.map_port);
+    if specs.is_empty() {
+        tracing::warn!("no Gateway with a plain HTTP server selects this workload: nothing is served yet");
+    }
+    for spec in specs {
+        proxy.listen(spec, "--bind and --map-port")?;
+    }
+    proxy.announce();
+    proxy.serve(move |proxy| proxy.reconcile(gateway_listeners(proxy, args.bind, &args.map_port))).await
+}
+
+fn sources(common: &Common) -> Result<Sources, Failure> {
+    Sources::of(&common.config, common.mesh_config.as_deref())
+        .map_err(|error| Failure::Other(format!("<stdin>: {error}")))
+}
+
+fn gateway_listeners(proxy: &Proxy, bind: IpAddr, map_port: &[(u16, u16)]) -> Vec<ListenerSpec> {
+    let snapshot = proxy.control.snapshots().load();
+    let listeners =
+        snapshot.get(&proxy.control.listeners).map(|set| set.listeners.as_slice()).unwrap_or_default();
+    let spec = |listener: &GatewayListener| {
+        let mapped = map_port.iter().rev().find(|(from, _)| *from == listener.port);
+        let port = mapped.map_or(listener.port, |(_, to)| *to);
+        ListenerSpec::new(
+            &*listener.name,
+            SocketAddr::new(listener.bind.unwrap_or(bind), port),
+            Direction::Gateway,
+        )
+        .protocol(listener.protocol)
+        .port(listener.port)
+    };
+    listeners.iter().map(spec).collect()
+}
+
+/// A proxy on its way from a command line to its end.
+struct Proxy {
+    binary: &'static str,
+    common: Common,
+    control: Control,
+    files: Vec<SourceFile>,
+    parts: Parts,
+    sink: Option<AccessLogSink>,
+    log_writer: Option<std::thread::JoinHandle<()>>,
+    server: Option<Arc<Server>>,
+    inbound: Vec<Slot<RouteTable>>,
+    /// The clusters to the applications, which no snapshot holds.
+    apps: Vec<Arc<Cluster>>,
+    addresses: Vec<(String, SocketAddr)>,
+    started: std::time::Instant,
+}
+
+impl Proxy {
+    fn prepare(binary: &'static str, role: Role, common: &Common, sources: Sources) -> Result<Self, Failure> {
+        let context: CompileContext = common.compile_context(role);
+        let control = Control::new(context, sources, common.lenient, Clusters::new());
+        let parts = Parts {
+            access_log: AccessLogLayer::off(),
+            panics: Panics::default(),
+            edge: control.edge.clone(),
+        };
+        Ok(Self {
+            binary,
+            common: common.clone(),
+            files: control.read().map_err(Failure::other)?,
+            control,
+            parts,
+            sink: None,
+            log_writer: None,
+            server: None,
+            inbound: Vec::new(),
+            apps: Vec::new(),
+            addresses: Vec::new(),
+            started: mesh_core::clock::now(),
+        })
+    }
+
+    /// Prints every diagnostic; fails on any error.
+    fn check(&self) -> Result<(), Failure> {
+        let diagnostics = self.control.check(&self.files);
+        print!("{diagnostics}");
+        let (errors, all) = (diagnostics.error_count(), diagnostics.len());
+        println!("{errors} errors, {} warnings", all - errors);
+        if errors == 0 { Ok(()) } else { Err(Failure::Other("the configuration has errors".to_owned())) }
+    }
+
+    /// Loads the configuration for the first time; without a good one there is nothing to run.
+    fn load(&mut self) -> Result<(), Failure> {
+        let outcome = self.control.apply(&self.files);
+        if !outcome.accepted {
+            let mut message = outcome.diagnostics.to_string();
+            // Writing to a String cannot fail.
+            let _ = write!(message, "the configuration is not accepted; sidecar --check says the same");
+            return Err(Failure::Other(message));
+        }
+        self.say(&outcome);
+        Ok(())
+    }
+
+    fn say(&self, outcome: &mesh_core::config::Outcome) {
+        for diagnostic in &outcome.diagnostics {
+            match diagnostic.severity {
+                Severity::Error => tracing::error!("{diagnostic}"),
+                Severity::Warning => tracing::warn!("{diagnostic}"),
+            }
+        }
+        if outcome.accepted {
+            for diagnostic in &self.control.status().read().not_enforced {
+                tracing::warn!("{diagnostic}");
+            }
+            tracing::info!(generation = outcome.generation, "configuration accepted");
+        } else {
+            tracing::error!(
+                generation = outcome.generation,
+                "configuration rejected; the last good generation stays in force"
+            );
+        }
+    }
+
+    fn start(&mut self) -> Result<(), Failure> {
+        self.start_access_log()?;
+        let server = Server::builder()
+            .workers(self.common.worker_count())
+            .limits(ServerLimits::default())
+            .snapshots(self.control.snapshots().clone())
+            .panics(self.parts.panics.clone())
+            .start()
+            .map_err(Failure::other)?;
+        self.server = Some(Arc::new(server));
+        Ok(())
+    }
+
+    fn start_access_log(&mut self) -> Result<(), Failure> {
+        let configured = self.control.status().read().access_log_file;
+        let path = match &self.common.access_log {
+            Some(path) => path.clone(),
+            None if configured.is_empty() => return Ok(()),
+            None => configured.into(),
+        };
+        let (sink, writer) = AccessLogSink::new();
+        let to_stdout = path == Path::new("-") || path == Path::new("/dev/stdout");
+        let file = if to_stdout {
+            None
+        } else {
+            let opened = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+            Some(
+                opened
+                    .map_err(|error| Failure::Other(format!("--access-log {}: {error}", path.display())))?,
+            )
+        };
+        let write = move || {
+            let written = match file {
+                Some(file) => writer.run(file),
+                None => writer.run(std::io::stdout()),
+            };
+            if let Err(error) = written {
+                tracing::error!(%error, "the access log cannot be written; lines are dropped and counted");
+            }
+        };
+        let thread = std::thread::Builder::new().name("mesh-access-log".to_owned()).spawn(write);
+        self.log_writer = Some(thread.map_err(Failure::other)?);
+        self.parts.access_log = AccessLogLayer::new(sink.clone());
+        self.sink = Some(sink);
+        Ok(())
+    }
+
+    fn server(&self) -> Result<&Arc<Server>, Failure> {
+        self.server.as_ref().ok_or_else(|| Failure::Other("the server has not started".to_owned()))
+    }
+
+    fn listen(&mut self, spec: ListenerSpec, flag: &str) -> Result<(), Failure> {
+        let name = spec.name().to_owned();
+        let address = listen(self.server()?, &self.parts, &self.control.routes, spec)
+            .map_err(|error| bind_failure(&error, flag))?;
+        self.addresses.push((name, address));
+        Ok(())
+    }
+
+    fn listen_inbound(&mut self, at: usize, inbound: SocketAddr, app: SocketAddr) -> Result<(), Failure> {
+        let name = if at == 0 { "inbound".to_owned() } else { format!("inbound-{}", at + 1) };
+        let mut spec = ClusterSpec::new(
+            ClusterName::new(Direction::Inbound, app.port(), "", ""),
+            Discovery::Static(vec![EndpointSpec::new(app)]),
+        );
+        spec.protocol = UpstreamProtocol::Downstream;
+        let cluster = Arc::new(Cluster::new(spec));
+        self.control.clusters().reconcile(std::slice::from_ref(&cluster));
+        let route = RouteBuilder::new("default").forward(Arc::clone(&cluster)).map_err(Failure::other)?;
+        let table = RouteTable::builder().host("*", [route]).build().map_err(Failure::other)?;
+        let slot = Slot::fixed(table);
+        let parts = self.parts.clone();
+        let routes = slot.clone();
+        let spec = ListenerSpec::new(name.as_str(), inbound, Direction::Inbound).port(app.port());
+        let address = self
+            .server()?
+            .listen(spec, move |_| compose::inbound(&parts, routes.clone(), Shard::new()))
+            .map_err(|error| bind_failure(&error, "--inbound"))?;
+        self.apps.push(cluster);
+        self.inbound.push(slot);
+        self.addresses.push(("inbound".to_owned(), address));
+        Ok(())
+    }
+
+    fn listen_admin(&mut self) -> Result<SocketAddr, Failure> {
+        let context = self.common.compile_context(Role::Sidecar).workload;
+        let admin = Arc::new(Admin {
+            binary: self.binary,
+            status: self.control.status().clone(),
+            snapshots: self.control.snapshots().clone(),
+            routes: self.control.routes.clone(),
+            inbound: self.inbound.clone(),
+            clusters: self.control.clusters().clone(),
+            server: Arc::clone(self.server()?),
+            direction: if self.binary == "gateway" { Direction::Gateway } else { Direction::Outbound },
+            node: json!({
+                "workload": context.name,
+                "namespace": context.namespace,
+                "service_account": context.service_account,
+                "labels": context.labels,
+                "compat": self.common.compat.as_str(),
+                "workers": self.common.worker_count(),
+            }),
+            access_log: self.sink.clone(),
+            started: self.started,
+        });
+        let ports = [
+            ("admin", Some(self.common.admin), Port::Admin, "--admin"),
+            ("prometheus", self.common.prometheus, Port::Prometheus, "--prometheus"),
+            ("status", self.common.status, Port::Status, "--status"),
+            ("health", self.common.health, Port::Health, "--health"),
+        ];
+        let mut first = self.common.admin;
+        for (name, address, port, flag) in ports {
+            let Some(address) = address else { continue };
+            let spec = ListenerSpec::new(name, address, Direction::Inbound);
+            let (bound, serving) = serve_here(spec, admin.stack(port), ServerLimits::default(), None)
+                .map_err(|error| bind_failure(&error, flag))?;
+            tokio::spawn(serving);
+            if port == Port::Admin {
+                first = bound;
+            }
+            self.addresses.push((name.to_owned(), bound));
+        }
+        Ok(first)
+    }
+
+    /// The one line that scripts wait for, once every listener accepts.
+    fn announce(&self) {
+        let mut line = "listening".to_owned();
+        for (name, address) in &self.addresses {
+            // Writing to a String cannot fail.
+            let _ = write!(line, " {name}={address}");
+        }
+        let mut out = std::io::stdout().lock();
+        // Whoever closed our standard output does not wait for the line.
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+
+    /// Serves until a signal ends it, applying changed configuration on the way.
+    async fn serve(mut self, mut applied: impl FnMut(&mut Self)) -> Result<(), Failure> {
+        let mut watcher = self.control.watcher(&self.files);
+        let listen = |kind| signal(kind).map_err(Failure::other);
+        let mut hangup = listen(SignalKind::hangup())?;
+        let mut terminate = listen(SignalKind::terminate())?;
+        let mut interrupt = listen(SignalKind::interrupt())?;
+        loop {
+            let files = tokio::select! {
+                () = either(&mut terminate, &mut interrupt) => break,
+                Some(()) = hangup.recv() => match &mut watcher {
+                    Some(watcher) => watcher.now().await,
+                    None => Vec::new(),
+                },
+                files = async {
+                    match &mut watcher {
+                        Some(watcher) => watcher.next().await,
+                        None => std::future::pending().await,
+                    }
+                } => files,
+            };
+            self.files = files;
+            // Compiling many routes takes a while; the admin endpoints answer meanwhile.
+            let outcome = tokio::task::block_in_place(|| self.control.apply(&self.files));
+            self.say(&outcome);
+            if outcome.accepted {
+                applied(&mut self);
+            }
+        }
+        self.drain(either(&mut terminate, &mut interrupt)).await
+    }
+
+    async fn drain(mut self, again: impl Future<Output = ()>) -> Result<(), Failure> {
+        tracing::info!("draining");
+        let times = DrainTimes { drain_time: self.common.drain_time, deadline: self.common.drain_deadline };
+        let server = Arc::clone(self.server()?);
+        match server.drain().run(times, again).await {
+            Drained::Finished => tracing::info!("drained, nothing was in flight"),
+            Drained::Cut(connections) => tracing::warn!(connections, "cut at the drain deadline"),
+            Drained::AtOnce(connections) => tracing::warn!(connections, "cut by a second signal"),
+        }
+        // The writer ends with the last sink, and with it the last line is on disk.
+        let writer = self.log_writer.take();
+        self.server = None;
+        drop((self, server));
+        if let Some(writer) = writer {
+            let flushed = tokio::task::spawn_blocking(move || writer.join());
+            // Admin connections may still hold a sink; the log does not keep the process alive.
+            let _ = tokio::time::timeout(Duration::from_secs(1), flushed).await;
+        }
+        Ok(())
+    }
+
+    /// Makes the listeners of a gateway be those of the generation in force.
+    fn reconcile(&mut self, wanted: Vec<ListenerSpec>) {
+        let Some(server) = self.server.clone() else { return };
+        let (parts, routes) = (self.parts.clone(), self.control.routes.clone());
+        tokio::spawn(async move {
+            let done = server.reconcile(wanted, |server, spec| listen(server, &parts, &routes, spec)).await;
+            for (name, address) in &done.added {
+                tracing::info!(listener = &**name, %address, "listening");
+            }
+            for error in &done.failed {
+                tracing::error!(%error, "a listener of the new generation is missing");
+            }
+        });
+    }
+}
+
+fn listen(
+    server: &Server,
+    parts: &Parts,
+    routes: &Slot<RouteTable>,
+    spec: ListenerSpec,
+) -> Result<SocketAddr, BindError> {
+    let (parts, routes) = (parts.clone(), routes.clone());
+    let direction = spec.direction();
+    server.listen(spec, move |_| compose::outbound(&parts, direction, routes.clone(), Shard::new()))
+}
+
+fn bind_failure(error: &BindError, flag: &str) -> Failure {
+    Failure::Other(format!(
+        "error: {error}\nAnother process may have the port; choose another address with {flag}."
+    ))
+}
+
+async fn either(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// Says what the demo's applications have seen, whenever that has changed.
+async fn report(bookinfo: Arc<demo::Bookinfo>) {
+    let mut said = bookinfo.served();
+    loop {
+        tokio::time::sleep(DEMO_REPORT).await;
+        let served = bookinfo.served();
+        if served == said {
+            continue;
+        }
+        let mut line = "seen so far:".to_owned();
+        for (workload, count) in &served {
+            // Writing to a String cannot fail.
+            let _ = write!(line, " {workload} {count}");
+        }
+        eprintln!("{line}");
+        said = served;
+    }
+}

@@ -1,0 +1,113 @@
+//! The models as the admin endpoints show them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use crate::cluster::{Cluster, Discovery};
+use crate::rewrite::PathRewrite;
+use crate::route::{ActionKind, Route};
+use crate::table::RouteTable;
+
+/// Every cluster of some tables with its endpoints, limits and counters, by name.
+#[must_use]
+pub fn clusters(tables: &[Arc<RouteTable>]) -> Value {
+    let by_name: BTreeMap<&str, &Arc<Cluster>> = tables
+        .iter()
+        .flat_map(|table| table.clusters())
+        .map(|cluster| (cluster.name().as_str(), cluster))
+        .collect();
+    json!({ "clusters": by_name.into_values().map(|cluster| self::cluster(cluster)).collect::<Vec<_>>() })
+}
+
+/// The virtual hosts of a table with their routes, by port. A host that answers to several names is shown once.
+#[must_use]
+pub fn routes(table: &RouteTable) -> Value {
+    let mut hosts: Vec<(Option<u16>, &str, Vec<String>, Vec<Value>)> = Vec::new();
+    for (port, pattern, host) in table.iter() {
+        match hosts.iter_mut().find(|(at, name, ..)| *at == port && *name == host.name()) {
+            Some((_, _, domains, _)) => domains.push(pattern),
+            None => {
+                let routes = host.routes().iter().map(|route| self::route(route)).collect();
+                hosts.push((port, host.name(), vec![pattern], routes));
+            }
+        }
+    }
+    json!({
+        "virtual_hosts": hosts.into_iter().map(|(port, name, domains, routes)| json!({
+            "port": port,
+            "name": name,
+            "domains": domains,
+            "routes": routes,
+        })).collect::<Vec<_>>(),
+        "unknown": table.unknown().map(|unknown| route(unknown)),
+    })
+}
+
+fn cluster(cluster: &Cluster) -> Value {
+    let spec = cluster.spec();
+    let endpoints: Vec<_> = cluster
+        .endpoints()
+        .weighted()
+        .map(|(endpoint, weight)| {
+            json!({
+                "address": endpoint.addr().to_string(),
+                "weight": weight,
+                "in_flight": endpoint.in_flight(),
+                "connections": endpoint.connections(),
+                "requests": endpoint.requests(),
+            })
+        })
+        .collect();
+    let discovery = match &spec.discovery {
+        Discovery::Static(_) => "static",
+        Discovery::StrictDns(_) => "strict_dns",
+        Discovery::LogicalDns(_) => "logical_dns",
+        Discovery::OriginalDst | Discovery::OriginalDstPort(_) => "original_dst",
+        Discovery::BlackHole => "black_hole",
+    };
+    let limit = |limit: u32| (limit != u32::MAX).then_some(limit);
+    json!({
+        "name": spec.name.as_str(),
+        "discovery": discovery,
+        "balancer": format!("{:?}", spec.balancer),
+        "protocol": format!("{:?}", spec.protocol),
+        "tls": format!("{:?}", spec.tls),
+        "endpoints": endpoints,
+        "limits": {
+            "connections": limit(spec.pool.max_connections),
+            "pending_requests": limit(spec.pool.max_pending_requests),
+            "requests": limit(spec.pool.max_requests),
+            "requests_per_connection": spec.pool.max_requests_per_connection,
+            "connect_timeout_ms": spec.pool.connect_timeout.as_millis() as u64,
+        },
+        "now": cluster.runtime().map(|runtime| json!({
+            "connections": runtime.connections(),
+            "pending_requests": runtime.pending(),
+            "requests": runtime.requests(),
+            "overflows": runtime.overflows(),
+        })),
+    })
+}
+
+fn route(route: &Route) -> Value {
+    let action = match &route.action().kind {
+        ActionKind::Forward(forward) => {
+            let destinations: Vec<_> = forward
+                .destinations
+                .iter()
+                .map(|(weight, to)| json!({"cluster": to.name.as_str(), "weight": weight, "known": to.cluster.is_some()}))
+                .collect();
+            json!({
+                "destinations": destinations,
+                "timeout_ms": forward.timeout.map(|timeout| timeout.as_millis() as u64),
+                "rewrites_path": !matches!(forward.rewrite.path, PathRewrite::Keep),
+                "authority": forward.rewrite.authority.as_ref().map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()),
+            })
+        }
+        ActionKind::Redirect(redirect) => json!({"redirect": redirect.code.as_u16()}),
+        ActionKind::DirectResponse(direct) => json!({"direct_response": direct.status.as_u16()}),
+    };
+    json!({"name": route.name(), "match": route.matcher().to_string(), "action": action})
+}
