@@ -46,7 +46,7 @@ impl Question {
                         .map_err(|_| format!("method: {value:?} is no method"))?;
                 }
                 "url" => {
-                    url = Some(value.parse::<Uri>().map_err(|error| format!("url: {value:?}: {error}"))?)
+                    url = Some(value.parse::<Uri>().map_err(|error| format!("url: {value:?}: {error}"))?);
                 }
                 "header" => {
                     let (name, value) = value

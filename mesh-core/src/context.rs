@@ -22,7 +22,7 @@ use crate::conn::{ConnInfo, Direction};
 use crate::drain::Phase;
 use crate::flags::ResponseFlags;
 use crate::server::connection::InFlight;
-use crate::snapshot::{Pinned, Snapshot};
+use crate::snapshot::{Pinned, Snapshot, Snapshots};
 
 /// A route that was selected for a request and pinned to it. The type behind it belongs to the routing crate.
 pub trait PinnedRoute: Any + Send + Sync {
@@ -290,6 +290,79 @@ impl RequestContext {
 
     fn learnt(&self) -> MutexGuard<'_, Learnt> {
         self.0.learnt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives every request a context with the current snapshot, for stacks behind a foreign server or client.
+///
+/// A proxy's own edge does this with a copy of the worker's; here each request takes the shared one, about 20 ns.
+///
+/// ```
+/// use http::{Request, Response};
+/// use mesh_core::context::ContextLayer;
+/// use mesh_core::{Body, Direction, Error, RequestContext, Snapshots};
+/// use tower::{ServiceBuilder, ServiceExt};
+///
+/// # async fn example() -> Result<(), Error> {
+/// let service = ServiceBuilder::new()
+///     .layer(ContextLayer::new(Snapshots::new(), Direction::Outbound))
+///     .service_fn(|request: Request<Body>| async move {
+///         assert!(request.extensions().get::<RequestContext>().is_some());
+///         Ok::<_, Error>(Response::new(Body::empty()))
+///     });
+/// service.oneshot(Request::new(Body::empty())).await?;
+/// # Ok(())
+/// # }
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(example()).unwrap();
+/// ```
+#[derive(Clone, Debug)]
+pub struct ContextLayer {
+    snapshots: Snapshots,
+    conn: Arc<ConnInfo>,
+}
+
+impl ContextLayer {
+    /// Pins the snapshot that is current when a request comes.
+    #[must_use]
+    pub fn new(snapshots: Snapshots, direction: Direction) -> Self {
+        Self { snapshots, conn: Arc::new(ConnInfo::unknown(direction)) }
+    }
+}
+
+impl<S> tower_layer::Layer<S> for ContextLayer {
+    type Service = WithContext<S>;
+
+    fn layer(&self, inner: S) -> WithContext<S> {
+        WithContext { inner, layer: self.clone() }
+    }
+}
+
+/// The service of [`ContextLayer`].
+#[derive(Clone, Debug)]
+pub struct WithContext<S> {
+    inner: S,
+    layer: ContextLayer,
+}
+
+impl<S, B> tower_service::Service<http::Request<B>> for WithContext<S>
+where
+    S: tower_service::Service<http::Request<B>>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, cx: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: http::Request<B>) -> S::Future {
+        if request.extensions().get::<RequestContext>().is_none() {
+            let pinned = Arc::new(self.layer.snapshots.load());
+            let conn = Arc::clone(&self.layer.conn);
+            request.extensions_mut().insert(RequestContext::new(conn, Some(pinned), crate::clock::now()));
+        }
+        self.inner.call(request)
     }
 }
 

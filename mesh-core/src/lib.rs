@@ -6,7 +6,7 @@ pub mod clock;
 mod compat;
 pub mod config;
 mod conn;
-mod context;
+pub mod context;
 pub mod diagnostics;
 mod documents;
 mod drain;

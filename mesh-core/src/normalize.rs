@@ -64,9 +64,9 @@ fn decode(path: &str, slashes: bool) -> String {
     while let Some(at) = rest.find(['%', '\\']) {
         decoded.push_str(&rest[..at]);
         let escape = &rest[at..];
-        if escape.starts_with('\\') {
+        if let Some(after) = escape.strip_prefix('\\') {
             decoded.push('/');
-            rest = &escape[1..];
+            rest = after;
             continue;
         }
         match escape.get(1..3).and_then(|digits| hex(digits.as_bytes())) {

@@ -204,10 +204,7 @@ async fn look(paths: &[PathBuf]) -> Vec<SourceFile> {
         }
         files
     };
-    match tokio::task::spawn_blocking(read).await {
-        Ok(files) => files,
-        Err(_) => Vec::new(),
-    }
+    tokio::task::spawn_blocking(read).await.unwrap_or_default()
 }
 
 fn read_dir(directory: &Path, visited: &mut Vec<PathBuf>, files: &mut Vec<SourceFile>) -> io::Result<()> {

@@ -24,7 +24,7 @@ pub fn clusters(tables: &[Arc<RouteTable>]) -> Value {
 /// The virtual hosts of a table with their routes, by port. A host that answers to several names is shown once.
 #[must_use]
 pub fn routes(table: &RouteTable) -> Value {
-    let mut hosts: Vec<(Option<u16>, &str, Vec<String>, Vec<Value>)> = Vec::new();
+    let mut hosts: Vec<Shown<'_>> = Vec::new();
     for (port, pattern, host) in table.iter() {
         match hosts.iter_mut().find(|(at, name, ..)| *at == port && *name == host.name()) {
             Some((_, _, domains, _)) => domains.push(pattern),
@@ -44,6 +44,9 @@ pub fn routes(table: &RouteTable) -> Value {
         "unknown": table.unknown().map(|unknown| route(unknown)),
     })
 }
+
+/// Port, name, domains and routes of a virtual host.
+type Shown<'t> = (Option<u16>, &'t str, Vec<String>, Vec<Value>);
 
 fn cluster(cluster: &Cluster) -> Value {
     let spec = cluster.spec();
