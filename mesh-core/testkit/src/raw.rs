@@ -44,7 +44,7 @@ pub async fn exchange(peer: SocketAddr, bytes: &[u8], silence: Duration) -> Answ
     // A peer that refuses early may close before everything is written.
     let _ = stream.write_all(bytes).await;
     let mut answer = Answer::default();
-    let mut buffer = [0_u8; 16384];
+    let mut buffer = vec![0_u8; 16384];
     loop {
         match timeout(silence, stream.read(&mut buffer)).await {
             Err(_) => return answer,

@@ -278,7 +278,7 @@ impl Recorder {
                     all.len() - 1
                 };
                 tokio::spawn(async move {
-                    let mut buffer = [0_u8; 16384];
+                    let mut buffer = vec![0_u8; 16384];
                     let mut answered = 0;
                     while let Ok(read @ 1..) = stream.read(&mut buffer).await {
                         let heads = {

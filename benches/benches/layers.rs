@@ -1,0 +1,121 @@
+//! The cost of each decision, by itself.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use http::Request;
+use mesh_benches::table;
+use mesh_core::matcher::StringMatcher;
+use mesh_core::{
+    Body, ClusterName, ConnInfo, Direction, EdgeSettings, Error, LocalReplyLayer, NormalizeLayer,
+    PathNormalization, Slot, Snapshots,
+};
+use mesh_route::{
+    BalancerKind, Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, HeadersLayer, RequestView, Route,
+    RouteAction, RouteBuilder, RouteMatch, RouteTable, SelectRouteLayer, VirtualHost, Weighted, balance,
+};
+use rand::SeedableRng as _;
+use rand::rngs::SmallRng;
+use tower::{Service as _, ServiceBuilder, ServiceExt as _};
+
+fn route_lookup(c: &mut Criterion) {
+    let mut group = c.benchmark_group("route_lookup_by_services");
+    let conn = ConnInfo::unknown(Direction::Outbound);
+    for services in [10, 100, 1_000, 10_000] {
+        let table = table(services, 3);
+        // As many hosts are asked for at every size, so that it is the table that grows and not the working set.
+        let requests: Vec<_> = (0..8)
+            .map(|at| {
+                let service = at * services / 8;
+                Request::get("/api/v1/items").header("host", format!("s{service}")).body(()).unwrap()
+            })
+            .collect();
+        group.bench_function(BenchmarkId::from_parameter(services), |b| {
+            let mut at = 0;
+            b.iter(|| {
+                at = (at + 1) % requests.len();
+                let view = RequestView::new(&requests[at], &conn);
+                black_box(table.select(&view, &conn).is_some())
+            });
+        });
+    }
+    group.finish();
+}
+
+fn routes_of_one_host(c: &mut Criterion) {
+    let mut group = c.benchmark_group("last_of_n_routes");
+    let action = Arc::new(RouteAction::forward(cluster(1)));
+    let conn = ConnInfo::unknown(Direction::Outbound);
+    for (kind, make) in [
+        ("prefix", (|n| StringMatcher::prefix(format!("/p{n}/"))) as fn(usize) -> StringMatcher),
+        ("regex", |n| StringMatcher::regex(&format!("/p{n}/[a-z]+")).unwrap()),
+    ] {
+        for routes in [10, 100, 1_000] {
+            let host = VirtualHost::new(
+                "h",
+                (0..routes).map(|n| {
+                    let matcher = RouteMatch { path: Some(make(n)), ..RouteMatch::default() };
+                    Arc::new(Route::new(n.to_string(), matcher, Arc::clone(&action)))
+                }),
+            );
+            let request = Request::get(format!("/p{}/x", routes - 1)).header("host", "h").body(()).unwrap();
+            group.bench_function(BenchmarkId::new(kind, routes), |b| {
+                b.iter(|| black_box(host.select(&RequestView::new(&request, &conn)).is_some()));
+            });
+        }
+    }
+    group.finish();
+}
+
+fn choices(c: &mut Criterion) {
+    let mut rng = SmallRng::seed_from_u64(1);
+    let split = Weighted::new([(90, 'a'), (9, 'b'), (1, 'c')]).unwrap();
+    c.bench_function("weighted_split", |b| b.iter(|| *split.pick(black_box(&mut rng))));
+    let cluster = cluster(100);
+    let endpoints = cluster.endpoints();
+    for kind in [BalancerKind::RoundRobin, BalancerKind::Random, BalancerKind::LeastRequest] {
+        let mut cursor = 0;
+        c.bench_function(&format!("pick_of_100_{kind:?}"), |b| {
+            b.iter(|| balance::pick(kind, &endpoints, &mut cursor, &mut rng).map(|endpoint| endpoint.id()));
+        });
+    }
+    let snapshots = Snapshots::new();
+    c.bench_function("config_read_load_full", |b| b.iter(|| snapshots.load().generation()));
+    c.bench_function("normalize_a_normal_path", |b| {
+        b.iter(|| PathNormalization::Base.apply(black_box("/api/v1/items")).len());
+    });
+}
+
+fn stack(c: &mut Criterion) {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let direct = RouteBuilder::new("direct").respond(200, "").unwrap();
+    let slot = Slot::fixed(RouteTable::builder().host("*", [direct]).build().unwrap());
+    let edge = Slot::fixed(EdgeSettings::default());
+    let mut stack = ServiceBuilder::new()
+        .layer(LocalReplyLayer::new(Direction::Outbound))
+        .layer(NormalizeLayer::new(edge, Direction::Outbound).seed(1))
+        .layer(SelectRouteLayer::new(slot))
+        .layer(HeadersLayer::new())
+        .service(mesh_route::dispatch(mesh_route::Shard::seeded(1)));
+    c.bench_function("outbound_stack_direct_response", |b| {
+        b.iter(|| {
+            let request = Request::get("/api/v1/items").header("host", "a").body(Body::empty()).unwrap();
+            let response: Result<_, Error> =
+                runtime.block_on(async { Ok(stack.ready().await?.call(request).await?) });
+            black_box(response.unwrap().status())
+        });
+    });
+}
+
+fn cluster(endpoints: u16) -> Arc<Cluster> {
+    let endpoints = (1..=endpoints).map(|port| EndpointSpec::new(([127, 0, 0, 1], port).into())).collect();
+    let cluster =
+        Arc::new(Cluster::new(ClusterSpec::new(ClusterName::custom("c"), Discovery::Static(endpoints))));
+    Clusters::new().reconcile(std::slice::from_ref(&cluster));
+    cluster
+}
+
+criterion_group!(benches, route_lookup, routes_of_one_host, choices, stack);
+criterion_main!(benches);
