@@ -11,6 +11,7 @@ use mesh_core::istio::types::mesh_config::MeshConfig;
 use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile, UnknownFields};
 use mesh_core::watch::{self, Watcher};
 use mesh_core::{EdgeSettings, ListenerSet, Slot, Snapshots};
+use mesh_route::discover::Discoverer;
 use mesh_route::{Clusters, RouteTable};
 
 /// Where configuration comes from.
@@ -103,7 +104,13 @@ impl Sources {
 impl Control {
     /// A control plane with every model of the proxies registered.
     #[must_use]
-    pub fn new(context: CompileContext, sources: Sources, lenient: bool, clusters: Clusters) -> Self {
+    pub fn new(
+        context: CompileContext,
+        sources: Sources,
+        lenient: bool,
+        clusters: Clusters,
+        discoverer: Discoverer,
+    ) -> Self {
         let unknown = if lenient { UnknownFields::Lenient } else { UnknownFields::Strict };
         let options = LoadOptions::default()
             .with_default_namespace(context.workload.namespace.as_str())
@@ -116,6 +123,7 @@ impl Control {
         compiler.before_publish(move |snapshot| {
             if let Some(table) = snapshot.get(&table) {
                 registry.reconcile(table.clusters());
+                discoverer.follow(table.clusters());
             }
         });
         let status = Status::default();

@@ -10,6 +10,7 @@ mod builder;
 mod cluster;
 mod connect;
 mod direct_response;
+pub mod discover;
 mod dispatch;
 #[cfg(feature = "istio")]
 pub mod dump;
