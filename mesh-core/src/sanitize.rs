@@ -1,7 +1,7 @@
 //! One request out of what a client wrote, or a refusal.
 //!
 //! hyper reads a message's framing strictly, but deliberately judges neither its target nor its headers. Two readers
-//! that take a request differently are how requests are smuggled and policies passed, so [`request`] leaves exactly one
+//! that take a request differently are how requests are smuggled and policies passed, so [`request()`] leaves exactly one
 //! reading: one authority, one path, no header that speaks of the connection. Framing is never forwarded: hyper
 //! writes it anew from the body.
 //!

@@ -111,7 +111,7 @@ fn decide(route: &Route, request: &RequestView<'_>, conn: &ConnInfo, seed: u64) 
         }
         ActionKind::Redirect(redirect) => Decision::Redirect {
             status: redirect.code.as_u16(),
-            location: redirect.location(request, conn.port),
+            location: redirect.location(request, crate::redirect::arrived_at(request, conn)),
         },
         ActionKind::DirectResponse(direct) => Decision::DirectResponse { status: direct.status.as_u16() },
     }

@@ -182,7 +182,7 @@ mod tests {
                 Arc::new(Route::new(number.to_string(), matcher, Arc::clone(&action)))
             }).collect();
             let headers = HeaderMap::new();
-            let view = RequestView { method: "GET", scheme: "http", authority: "a", path: &target, query: "", headers: &headers };
+            let view = RequestView { method: "GET", scheme: "http", authority: "a", path: &target, query: "", target: &target, headers: &headers };
             let walked = routes.iter().find(|route| route.matcher().matches(&view)).map(|route| route.name());
             let indexed = Index::new(&routes);
             prop_assert_eq!(indexed.select(&routes, &view).map(|route| route.name()), walked);

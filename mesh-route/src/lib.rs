@@ -47,7 +47,9 @@ pub use headers_layer::{Headers, HeadersLayer};
 pub use redirect::{Redirect, RedirectPath, RedirectPort};
 pub use request_view::RequestView;
 pub use rewrite::{PathRewrite, RegexRewrite, Rewrite};
-pub use route::{ActionKind, Destination, Forward, Route, RouteAction, RouteMatch, Unmet};
+pub use route::{
+    ActionKind, Destination, Forward, PseudoHeaderMatcher, Route, RouteAction, RouteMatch, Unmet,
+};
 pub use runtime::{ClusterRuntime, Clusters};
 pub use select::{SelectRoute, SelectRouteLayer};
 pub use shard::Shard;

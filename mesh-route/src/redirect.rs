@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use http::header::LOCATION;
 use http::{HeaderValue, Response, StatusCode};
-use mesh_core::{Body, Error, RequestContext, ResponseFlags};
+use mesh_core::{Body, ConnInfo, Direction, Error, RequestContext, ResponseFlags};
 
 use crate::request_view::RequestView;
 
@@ -119,16 +119,26 @@ impl Redirect {
     /// # Errors
     /// 500 when what the request says cannot stand in a header; a request that the edge normalised never does.
     pub fn respond(&self, request: &RequestView<'_>, cx: &RequestContext) -> Result<Response<Body>, Error> {
-        let location = HeaderValue::try_from(self.location(request, cx.conn().port)).map_err(|error| {
-            Error::local_reply(StatusCode::INTERNAL_SERVER_ERROR, ResponseFlags::NONE, "invalid_redirect")
-                .with_source(error)
-        })?;
+        let location = HeaderValue::try_from(self.location(request, arrived_at(request, cx.conn())))
+            .map_err(|error| {
+                Error::local_reply(StatusCode::INTERNAL_SERVER_ERROR, ResponseFlags::NONE, "invalid_redirect")
+                    .with_source(error)
+            })?;
         cx.set_details("direct_response");
         let mut response = Response::new(Body::empty());
         *response.status_mut() = self.code;
         response.headers_mut().insert(LOCATION, location);
         Ok(response)
     }
+}
+
+/// The port that a request was sent to. A client that speaks to a sidecar's own port meant that of the authority.
+pub(crate) fn arrived_at(request: &RequestView<'_>, conn: &ConnInfo) -> u16 {
+    if conn.direction != Direction::Outbound || conn.original_dst.is_some() {
+        return conn.port;
+    }
+    let named = split_port(request.authority).1.and_then(|port| port.parse().ok());
+    named.unwrap_or(if request.scheme == "https" { 443 } else { 80 })
 }
 
 /// Splits a port off an authority; an IPv6 address keeps its brackets.
@@ -157,7 +167,15 @@ mod tests {
 
     fn location(redirect: &Redirect, authority: &str, path: &str, query: &str) -> String {
         let headers = HeaderMap::new();
-        let view = RequestView { method: "GET", scheme: "http", authority, path, query, headers: &headers };
+        let view = RequestView {
+            method: "GET",
+            scheme: "http",
+            authority,
+            path,
+            query,
+            target: path,
+            headers: &headers,
+        };
         redirect.location(&view, 8080)
     }
 

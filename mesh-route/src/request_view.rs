@@ -17,6 +17,8 @@ pub struct RequestView<'a> {
     pub path: &'a str,
     /// The query without `?`; empty when there is none.
     pub query: &'a str,
+    /// Path and query as they were sent on: Envoy's `:path`.
+    pub target: &'a str,
     /// The headers.
     pub headers: &'a HeaderMap,
 }
@@ -48,6 +50,7 @@ impl<'a> RequestView<'a> {
                 path => path,
             },
             query: uri.query().unwrap_or(""),
+            target: uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str),
             headers,
         }
     }

@@ -38,10 +38,47 @@ pub struct RouteMatch {
     pub scheme: Option<StringMatcher>,
     /// The authority, with its port if it was sent.
     pub authority: Option<StringMatcher>,
+    /// Pseudo-headers that a rule names like headers (`:method`, `:path` with its query).
+    pub pseudo_headers: Vec<PseudoHeaderMatcher>,
     /// Headers, joined when repeated.
     pub headers: Vec<HeaderMatcher>,
     /// Query parameters, the first of several.
     pub queries: Vec<QueryMatcher>,
+}
+
+/// A predicate on a pseudo-header, which every request has.
+#[derive(Clone, Debug)]
+pub struct PseudoHeaderMatcher {
+    field: Field,
+    value: StringMatcher,
+    invert: bool,
+}
+
+impl PseudoHeaderMatcher {
+    /// The pseudo-header of this name matches, or does not when `invert` is set; `None` for a name that is none of
+    /// `:method`, `:scheme`, `:authority` and `:path`.
+    #[must_use]
+    pub fn new(name: &str, value: StringMatcher, invert: bool) -> Option<Self> {
+        let field = match name {
+            ":method" => Field::Method,
+            ":scheme" => Field::Scheme,
+            ":authority" => Field::Authority,
+            ":path" => Field::Target,
+            _ => return None,
+        };
+        Some(Self { field, value, invert })
+    }
+
+    fn matches(&self, request: &RequestView<'_>) -> bool {
+        self.value.matches(self.field.of(request)) != self.invert
+    }
+}
+
+impl fmt::Display for PseudoHeaderMatcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let not = if self.invert { "not " } else { "" };
+        write!(f, "{not}header :{} {}", self.field.name(), self.value)
+    }
 }
 
 /// What is done with the requests that a route takes.
@@ -191,6 +228,7 @@ impl RouteMatch {
             && self.method.is_none()
             && self.scheme.is_none()
             && self.authority.is_none()
+            && self.pseudo_headers.is_empty()
             && self.headers.is_empty()
             && self.queries.is_empty()
     }
@@ -215,6 +253,9 @@ impl RouteMatch {
                 return Some(Predicate::Field(field, matcher));
             }
         }
+        if let Some(matcher) = self.pseudo_headers.iter().find(|matcher| !matcher.matches(request)) {
+            return Some(Predicate::Pseudo(matcher));
+        }
         if let Some(matcher) = self.headers.iter().find(|matcher| !matcher.matches(request.headers)) {
             return Some(Predicate::Header(matcher));
         }
@@ -238,6 +279,10 @@ impl fmt::Display for RouteMatch {
                 separator = ", ";
             }
         }
+        for matcher in &self.pseudo_headers {
+            write!(f, "{separator}{matcher}")?;
+            separator = ", ";
+        }
         for matcher in &self.headers {
             write!(f, "{separator}{matcher}")?;
             separator = ", ";
@@ -250,9 +295,10 @@ impl fmt::Display for RouteMatch {
     }
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 enum Field {
     Path,
+    Target,
     Method,
     Scheme,
     Authority,
@@ -262,6 +308,7 @@ impl Field {
     fn of<'a>(self, request: &RequestView<'a>) -> &'a str {
         match self {
             Self::Path => request.path,
+            Self::Target => request.target,
             Self::Method => request.method,
             Self::Scheme => request.scheme,
             Self::Authority => request.authority,
@@ -271,6 +318,7 @@ impl Field {
     const fn name(self) -> &'static str {
         match self {
             Self::Path => "uri",
+            Self::Target => "path",
             Self::Method => "method",
             Self::Scheme => "scheme",
             Self::Authority => "authority",
@@ -280,6 +328,7 @@ impl Field {
 
 enum Predicate<'m> {
     Field(Field, &'m StringMatcher),
+    Pseudo(&'m PseudoHeaderMatcher),
     Header(&'m HeaderMatcher),
     Query(&'m QueryMatcher),
 }
@@ -291,6 +340,9 @@ impl Predicate<'_> {
                 predicate: format!("{} {matcher}", field.name()),
                 seen: Some(field.of(request).to_owned()),
             },
+            Self::Pseudo(matcher) => {
+                Unmet { predicate: matcher.to_string(), seen: Some(matcher.field.of(request).to_owned()) }
+            }
             Self::Header(matcher) => {
                 let values: Vec<_> = request
                     .headers

@@ -337,3 +337,24 @@ spec: {host: v, trafficPolicy: {tls: {mode: ISTIO_MUTUAL}, loadBalancer: {simple
         ]
     );
 }
+
+#[test]
+fn bug_pseudo_headers_are_headers_too() {
+    let table = compile(
+        "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: reviews, namespace: default}
+spec:
+  hosts: [reviews]
+  http:
+  - {name: by-method, match: [{headers: {':method': {exact: POST}}}], route: [{destination: {host: reviews}}]}
+  - {name: by-path, match: [{headers: {':path': {exact: '/a?b'}}}], route: [{destination: {host: reviews}}]}
+  - {name: not-a, match: [{withoutHeaders: {':path': {prefix: '/a'}}}], route: [{destination: {host: reviews}}]}
+",
+    );
+    let name = |url: &str| ask(&table, url).route.map(|route| route.name().to_owned());
+    assert_eq!(name("http://reviews/a?b").as_deref(), Some("by-path"));
+    assert_eq!(name("http://reviews/a"), None);
+    assert_eq!(name("http://reviews/b").as_deref(), Some("not-a"));
+}

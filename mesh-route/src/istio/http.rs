@@ -21,12 +21,12 @@ use crate::direct_response::DirectResponse;
 use crate::headers::HeaderOps;
 use crate::redirect::{Redirect, RedirectPath, RedirectPort};
 use crate::rewrite::{PathRewrite, RegexRewrite, Rewrite};
-use crate::route::{ActionKind, Destination, Forward, Route, RouteAction, RouteMatch};
+use crate::route::{ActionKind, Destination, Forward, PseudoHeaderMatcher, Route, RouteAction, RouteMatch};
 use crate::weighted::Weighted;
 
 /// Whether a header name of a match stands for a claim of a verified token (VS-M07).
 pub(super) fn is_claim(name: &str) -> bool {
-    name.starts_with("@request.auth.claims")
+    name.to_ascii_lowercase().starts_with("@request.auth.claims")
 }
 
 /// Where the rules of a virtual service are compiled for.
@@ -144,12 +144,35 @@ impl<'m> Rules<'_, 'm> {
                 if matches!(name.as_str(), "uri" | "scheme" | "method" | "authority") {
                     continue;
                 }
+                if name.starts_with(':') {
+                    let value =
+                        if is_presence(matcher) { StringMatcher::any() } else { compile(field, matcher)? };
+                    match PseudoHeaderMatcher::new(name, value, inverted) {
+                        Some(pseudo) => route.pseudo_headers.push(pseudo),
+                        None => {
+                            let message = format!("{name:?} is no pseudo-header: the rule takes no request");
+                            self.diags.error_at(resource.doc, format!("{path}.{field}"), message);
+                            return None;
+                        }
+                    }
+                    continue;
+                }
                 let name = if is_claim(name) {
                     // No request has a header of this name, so that a rule by claims takes nobody who was not
                     // verified: nothing here verifies tokens yet.
                     HeaderName::from_static("x-mesh-unverified-claim")
                 } else {
-                    HeaderName::try_from(name.as_str()).ok()?
+                    match HeaderName::try_from(name.as_str()) {
+                        Ok(name) => name,
+                        Err(error) => {
+                            self.diags.error_at(
+                                resource.doc,
+                                format!("{path}.{field}"),
+                                format!("{name:?}: {error}"),
+                            );
+                            return None;
+                        }
+                    }
                 };
                 let header = if is_presence(matcher) {
                     HeaderMatcher::present(name)

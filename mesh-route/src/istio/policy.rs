@@ -152,8 +152,13 @@ impl<'a> Blocks<'a> {
         match declared {
             AppProtocol::Http2 => UpstreamProtocol::Http2,
             AppProtocol::Http if upgrade => UpstreamProtocol::Http2,
-            AppProtocol::Sniff => UpstreamProtocol::Downstream,
-            AppProtocol::Http | AppProtocol::Tls | AppProtocol::Tcp => UpstreamProtocol::Http1,
+            // A gateway does not carry its clients' protocol into the mesh unless it is told to.
+            AppProtocol::Sniff if mesh.cx.role == mesh_core::config::Role::Sidecar => {
+                UpstreamProtocol::Downstream
+            }
+            AppProtocol::Http | AppProtocol::Tls | AppProtocol::Tcp | AppProtocol::Sniff => {
+                UpstreamProtocol::Http1
+            }
         }
     }
 

@@ -15,6 +15,9 @@ use crate::istio::types::common::{Percent, StringMatch, StringMatchKind};
 
 const DEPRECATED: &str = "IST0002";
 
+/// Pseudo-headers, which a match may name like headers.
+const PSEUDO_HEADERS: [&str; 4] = [":method", ":scheme", ":authority", ":path"];
+
 /// A header key with which a match looks at a claim of the validated JWT (VS-M07).
 const CLAIM_PREFIX: &str = "@request.auth.claims";
 
@@ -133,7 +136,7 @@ fn header_matches(out: &mut Findings, field: &str, map: &BTreeMap<String, String
             if !for_gateways {
                 out.error(&at, "matching a claim of a JWT is only possible on gateways");
             }
-        } else {
+        } else if !PSEUDO_HEADERS.contains(&name.as_str()) {
             out.check(&at, check::header_name(name));
         }
         string_match(out, &at, matcher, true, true);
