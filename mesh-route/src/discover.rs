@@ -119,7 +119,7 @@ async fn keep_resolving(
                 }
                 Ok(found) => *last = found,
                 Err(error) => {
-                    tracing::warn!(name = &*name.host, %error, "not resolved; the last addresses stay")
+                    tracing::warn!(name = &*name.host, %error, "not resolved; the last addresses stay");
                 }
             }
         }
