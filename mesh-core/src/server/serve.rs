@@ -13,7 +13,8 @@
 //! **Drain** ([`Phase`]). HTTP/1 connections hear of it with their next response (the edge says so), HTTP/2 ones by
 //! GOAWAY: hyper sends last id 2³¹−1, pings, and sends the real last id when the ping is back, so that no stream on
 //! its way is lost. A connection accepted during the drain may make one request first. When it is time to close, an
-//! idle connection gets [`LAST_LOOK`] longer, so that what has already arrived in the socket is still served.
+//! idle connection gets [`LAST_LOOK`] longer, so that what has already arrived in the socket is still served, and one
+//! from the listener's backlog gets [`FIRST_REQUEST`].
 
 use std::future::Future;
 use std::io;
@@ -63,6 +64,9 @@ const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How long an idle connection is still listened to when it is time to close it. It has to outlast the time in
 /// which the runtime looks for bytes that are already there.
 const LAST_LOOK: Duration = Duration::from_millis(20);
+
+/// How long a connection that was accepted during a drain has for its request.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// How long an HTTP/2 peer has to answer the ping of a graceful shutdown once no stream is open.
 const LAST_PING: Duration = Duration::from_secs(1);
@@ -195,8 +199,8 @@ where
         let now = !*this.shut
             && match this.connection.phase() {
                 Phase::Serving => false,
-                Phase::Draining => !this.connection.was_born_draining() || this.connection.requests() > 0,
-                Phase::Closing | Phase::Cut => true,
+                // Who came during the drain may ask once before hearing of it.
+                _ => !this.connection.was_born_draining() || this.connection.requests() > 0,
             };
         if now {
             *this.shut = true;
@@ -242,7 +246,13 @@ where
         *this.head_since = None;
         let close = closing.then(|| {
             let since = *this.closing_since.get_or_insert_with(clock::now);
-            (since + this.codec.patience(), Due::Close)
+            let newcomer = this.connection.was_born_draining() && requests == 0;
+            let patience = match this.codec {
+                _ if newcomer && !*this.shut => FIRST_REQUEST,
+                Codec::Http2(_) => LAST_PING,
+                _ => LAST_LOOK,
+            };
+            (since + patience, Due::Close)
         });
         let idle = limits.idle_timeout.map(|idle| (idle_since + idle, Due::Close));
         earliest([age, close, idle])
@@ -329,14 +339,6 @@ where
             Self::Http1(http1) => Pin::new(http1).graceful_shutdown(),
             Self::Http2(http2) => http2.as_mut().graceful_shutdown(),
             Self::Detect(..) | Self::Done => {}
-        }
-    }
-
-    /// How long a connection that is to close may stay when nothing is in flight.
-    fn patience(&self) -> Duration {
-        match self {
-            Self::Http2(_) => LAST_PING,
-            _ => LAST_LOOK,
         }
     }
 
