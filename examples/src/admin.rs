@@ -12,8 +12,8 @@ use http::header::{ALLOW, CONTENT_TYPE};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use mesh_core::diagnostics::{Diagnostic, Severity};
 use mesh_core::server::{HttpStack, Phase, Server};
-use mesh_core::{Body, Direction, Slot, Snapshots};
-use mesh_route::{Clusters, RouteTable, dump};
+use mesh_core::{Body, Direction, EdgeSettings, Slot, Snapshots};
+use mesh_route::{RouteTable, dump};
 use mesh_telemetry::access_log::AccessLogSink;
 use serde_json::{Value, json};
 
@@ -33,8 +33,8 @@ pub struct Admin {
     pub routes: Slot<RouteTable>,
     /// The routes to the applications, by inbound listener.
     pub inbound: Vec<Slot<RouteTable>>,
-    /// The registry of cluster runtimes.
-    pub clusters: Clusters,
+    /// How requests are normalised.
+    pub edge: Slot<EdgeSettings>,
     /// The listeners.
     pub server: Arc<Server>,
     /// The side of the workload that virtual services route.
@@ -210,8 +210,9 @@ impl Admin {
             let reason = format!("this process has no {} listener", direction.as_str());
             return json(StatusCode::NOT_FOUND, &json!({ "error": reason }));
         };
+        let edge = snapshot.get(&self.edge).copied().unwrap_or_default();
         let seed = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
-        json(StatusCode::OK, &question.answer(table, direction, seed))
+        json(StatusCode::OK, &question.answer(table, direction, edge, seed))
     }
 
     fn prometheus(&self) -> String {

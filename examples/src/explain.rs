@@ -3,7 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
-use mesh_core::{ConnInfo, Direction};
+use mesh_core::sanitize::{self, Underscores};
+use mesh_core::{ConnInfo, Direction, EdgeSettings};
 use mesh_route::{RequestView, RouteTable, explain};
 use serde_json::{Value, json};
 
@@ -81,8 +82,14 @@ impl Question {
         Ok(Self { direction, request, port, source_ip })
     }
 
-    /// The answer of a table.
-    pub(crate) fn answer(&self, table: &RouteTable, direction: Direction, seed: u64) -> Value {
+    /// The answer of a table, for the request as the edge makes it.
+    pub(crate) fn answer(
+        self,
+        table: &RouteTable,
+        direction: Direction,
+        edge: EdgeSettings,
+        seed: u64,
+    ) -> Value {
         let mut conn = ConnInfo::unknown(direction);
         if let Some(ip) = self.source_ip {
             conn.peer = SocketAddr::new(ip, 0);
@@ -97,7 +104,21 @@ impl Question {
             conn.original_dst =
                 (direction == Direction::Outbound).then(|| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
         }
-        let view = RequestView::new(&self.request, &conn);
+        let underscores = match direction {
+            Direction::Gateway => Underscores::Reject,
+            Direction::Inbound => Underscores::Drop,
+            Direction::Outbound => Underscores::Keep,
+        };
+        let (mut parts, ()) = self.request.into_parts();
+        if let Err(refused) = sanitize::request(&mut parts, edge.normalization, underscores) {
+            let decision = json!({
+                "status": refused.status.as_u16(),
+                "details": refused.details,
+                "reason": refused.reason,
+            });
+            return json!({ "decision": decision });
+        }
+        let view = RequestView::from_parts(&parts, &conn);
         let mut answer = explain(table, &view, &conn, seed).to_json();
         if let Some(answer) = answer.as_object_mut() {
             answer.insert(

@@ -337,7 +337,7 @@ impl Proxy {
             snapshots: self.control.snapshots().clone(),
             routes: self.control.routes.clone(),
             inbound: self.inbound.clone(),
-            clusters: self.control.clusters().clone(),
+            edge: self.control.edge.clone(),
             server: Arc::clone(self.server()?),
             direction: if self.binary == "gateway" { Direction::Gateway } else { Direction::Outbound },
             node: json!({
@@ -395,8 +395,14 @@ impl Proxy {
             let files = tokio::select! {
                 () = either(&mut terminate, &mut interrupt) => break,
                 Some(()) = hangup.recv() => match &mut watcher {
-                    Some(watcher) => watcher.now().await,
                     None => Vec::new(),
+                    Some(watcher) => match watcher.now().await {
+                        Ok(files) => files,
+                        Err(error) => {
+                            tracing::error!(%error, "nothing is loaded; what is in force stays");
+                            continue;
+                        }
+                    },
                 },
                 files = async {
                     match &mut watcher {

@@ -157,8 +157,16 @@ impl Watcher {
                 Some(()) = self.events.recv() => {}
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
-            let files = look(&self.paths).await;
             let now = crate::clock::now();
+            let files = match look(&self.paths).await {
+                Ok(files) => files,
+                Err(error) => {
+                    // Not gone, only unreadable: nothing is known of it, and what is in force stays.
+                    tracing::warn!(%error, "the configuration cannot be read; what is in force stays");
+                    wake = now + POLL;
+                    continue;
+                }
+            };
             match self.settle.observe(&files, now) {
                 Verdict::Load => return files,
                 Verdict::Unchanged => wake = now + POLL,
@@ -168,10 +176,13 @@ impl Watcher {
     }
 
     /// What stands there now, to be loaded whatever it is.
-    pub async fn now(&mut self) -> Vec<SourceFile> {
-        let files = look(&self.paths).await;
+    ///
+    /// # Errors
+    /// The first path that is there and cannot be read; nothing is to be loaded then.
+    pub async fn now(&mut self) -> io::Result<Vec<SourceFile>> {
+        let files = look(&self.paths).await?;
         self.settle.force(&files);
-        files
+        Ok(files)
     }
 }
 
@@ -194,17 +205,21 @@ pub fn read(paths: &[PathBuf]) -> io::Result<Vec<SourceFile>> {
     Ok(files)
 }
 
-async fn look(paths: &[PathBuf]) -> Vec<SourceFile> {
+/// What is below the paths now. A path that is not there has no files; any other failure says nothing of its files.
+async fn look(paths: &[PathBuf]) -> io::Result<Vec<SourceFile>> {
     let paths = paths.to_vec();
     let read = move || {
         let mut files = Vec::new();
         for path in &paths {
-            // What cannot be read now counts as gone; it is loaded as gone only when it stays so.
-            files.extend(read(std::slice::from_ref(path)).unwrap_or_default());
+            match read(std::slice::from_ref(path)) {
+                Ok(found) => files.extend(found),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
-        files
+        Ok(files)
     };
-    tokio::task::spawn_blocking(read).await.unwrap_or_default()
+    tokio::task::spawn_blocking(read).await.map_err(io::Error::other)?
 }
 
 fn read_dir(directory: &Path, visited: &mut Vec<PathBuf>, files: &mut Vec<SourceFile>) -> io::Result<()> {

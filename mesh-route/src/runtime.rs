@@ -123,6 +123,10 @@ impl ClusterRuntime {
     #[must_use]
     pub fn endpoint(&self, addr: SocketAddr) -> Arc<Endpoint> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        // Addresses come with requests, so those that are gone are forgotten now and then.
+        if known.len() >= 64 && known.len().is_power_of_two() {
+            known.retain(|_, endpoint| endpoint.strong_count() > 0);
+        }
         Self::keep(&mut known, addr)
     }
 
@@ -236,6 +240,18 @@ mod tests {
         assert_eq!(ids(&first)[&2], ids(&second)[&2]);
         assert_eq!(first.runtime().map(|r| r.id()), second.runtime().map(|r| r.id()));
         assert_eq!(ids(&first).len(), 2, "the old generation keeps its own endpoints");
+    }
+
+    #[test]
+    fn addresses_that_came_with_requests_are_forgotten() {
+        let clusters = Clusters::new();
+        let cluster = cluster(&[]);
+        clusters.reconcile(std::slice::from_ref(&cluster));
+        let runtime = cluster.runtime().unwrap();
+        for port in 1..=10_000 {
+            drop(runtime.endpoint(([10, 0, 0, 1], port).into()));
+        }
+        assert!(runtime.known.lock().unwrap().len() <= 64);
     }
 
     #[test]
