@@ -398,16 +398,21 @@ impl<T: AsyncRead + Unpin> AsyncRead for Transport<T> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if this.given < this.filled {
-            let again = &this.first[usize::from(this.given)..usize::from(this.filled)];
-            let again = &again[..again.len().min(buf.remaining())];
-            buf.put_slice(again);
-            this.given += again.len() as u8;
-            return Poll::Ready(Ok(()));
-        }
         let before = buf.filled().len();
-        ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
-        if buf.filled().len() > before {
+        let again = &this.first[usize::from(this.given)..usize::from(this.filled)];
+        let again = &again[..again.len().min(buf.remaining())];
+        buf.put_slice(again);
+        this.given += again.len() as u8;
+        // What was detected goes up together with what follows it: 24 bytes alone would make hyper parse twice and
+        // double its buffer for the rest.
+        let given = buf.filled().len();
+        match Pin::new(&mut this.io).poll_read(cx, buf) {
+            Poll::Pending if given == before => return Poll::Pending,
+            // An error comes again with the next read.
+            Poll::Ready(Err(error)) if given == before => return Poll::Ready(Err(error)),
+            _ => {}
+        }
+        if buf.filled().len() > given {
             this.connection.read_some();
         }
         Poll::Ready(Ok(()))
