@@ -34,12 +34,13 @@ use tower_service::Service;
 use crate::cluster::{BalancerKind, Cluster, Discovery, UpstreamProtocol};
 use crate::endpoint::{Endpoint, InFlight};
 use crate::headers::FormatContext;
+use crate::headers_layer::AfterRoute;
 use crate::pool::{exchange_error, h1, h2, overflow};
 use crate::request_view::RequestView;
 use crate::route::{ActionKind, Destination, Forward, Route};
 use crate::runtime::{ClusterRuntime, Permit};
 use crate::shard::Shard;
-use crate::timeout::Deadline;
+use crate::timeout::{self, Deadline};
 
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
@@ -145,8 +146,10 @@ async fn forward(
     }
     let version = request.version();
     let on_upgrade = take_upgrade(&mut request);
+    if !destination.request_headers.is_empty() {
+        destination.request_headers.apply_to_request(&mut request, cx);
+    }
     let (mut parts, body) = request.into_parts();
-    destination.request_headers.apply_to_request(&mut parts.headers, cx, version);
     forward.rewrite.apply_path(&mut parts)?;
     if let Some(authority) = forward.rewrite.authority.as_ref().or(destination.authority.as_ref()) {
         set_authority(&mut parts, authority.clone());
@@ -155,7 +158,7 @@ async fn forward(
         .ok_or_else(|| overflow(runtime))?;
 
     let attempt = Attempt { shard, cx, cluster, runtime, version, upgrade: on_upgrade.is_some() };
-    let mut response = match forward.timeout {
+    let mut response = match timeout::of(forward.timeout, &parts.headers) {
         None => attempt.run(Request::from_parts(parts, body), permit, on_upgrade).await,
         Some(timeout) => {
             let (deadline, body) = Deadline::new(timeout, body);
@@ -445,7 +448,12 @@ fn apply_response_headers(
         return;
     }
     let format = FormatContext { request: None, context: cx, version };
+    // Those of the route come first (VS-R04), so the layer that applies them goes on with these.
+    let after_route = || cx.route::<Route>().is_some_and(|route| !route.action().response_headers.is_empty());
     match response {
+        Ok(response) if after_route() => {
+            response.extensions_mut().insert(AfterRoute(destination.response_headers.clone()));
+        }
         Ok(response) => destination.response_headers.apply(response.headers_mut(), &format),
         Err(error) => destination.response_headers.apply(error.headers_mut(), &format),
     }

@@ -7,7 +7,7 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use http::{HeaderMap, HeaderName, HeaderValue, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
 use mesh_core::RequestContext;
 
 /// What is done to a set of headers. The default does nothing.
@@ -36,12 +36,23 @@ pub enum InvalidHeaderOp {
 /// What a formatted value may speak of.
 #[derive(Clone, Copy, Debug)]
 pub struct FormatContext<'a> {
-    /// The request's headers; those of the response have no access to them here.
-    pub request: Option<&'a HeaderMap>,
+    /// The request; operations on the response have no access to it here.
+    pub request: Option<RequestHead<'a>>,
     /// The context of the request.
     pub context: &'a RequestContext,
     /// The protocol that the downstream spoke.
     pub version: Version,
+}
+
+/// The request that values may speak of.
+#[derive(Clone, Copy, Debug)]
+pub struct RequestHead<'a> {
+    /// `:method`.
+    pub method: &'a Method,
+    /// `:path`, `:authority` and `:scheme`.
+    pub uri: &'a Uri,
+    /// The other headers.
+    pub headers: &'a HeaderMap,
 }
 
 #[derive(Clone, Debug)]
@@ -53,7 +64,7 @@ enum Value {
 #[derive(Clone, Debug)]
 enum Piece {
     Text(Box<str>),
-    RequestHeader { name: HeaderName, otherwise: Option<HeaderName>, max: Option<usize> },
+    RequestHeader { name: Header, otherwise: Option<Header>, max: Option<usize> },
     DownstreamRemote { port: bool },
     DownstreamLocal { port: bool },
     DownstreamLocalPort,
@@ -63,6 +74,15 @@ enum Piece {
     RouteName,
     ResponseFlags,
     ResponseDetails,
+}
+
+#[derive(Clone, Debug)]
+enum Header {
+    Method,
+    Path,
+    Authority,
+    Scheme,
+    Field(HeaderName),
 }
 
 impl HeaderOps {
@@ -108,11 +128,18 @@ impl HeaderOps {
         }
     }
 
-    /// Applies the operations to the headers of the very request that values may speak of.
-    pub fn apply_to_request(&self, headers: &mut HeaderMap, context: &RequestContext, version: Version) {
-        // Values are formatted from the headers as they are; only formats that read them need a copy.
-        let copy = self.reads_request().then(|| headers.clone());
-        self.apply(headers, &FormatContext { request: copy.as_ref(), context, version });
+    /// Applies the operations to the very request that values may speak of.
+    pub fn apply_to_request<B>(&self, request: &mut Request<B>, context: &RequestContext) {
+        let version = request.version();
+        // Values are formatted from the request as it is; only formats that read it need a copy.
+        if self.reads_request() {
+            let (method, uri, headers) =
+                (request.method().clone(), request.uri().clone(), request.headers().clone());
+            let head = RequestHead { method: &method, uri: &uri, headers: &headers };
+            self.apply(request.headers_mut(), &FormatContext { request: Some(head), context, version });
+        } else {
+            self.apply(request.headers_mut(), &FormatContext { request: None, context, version });
+        }
     }
 
     fn reads_request(&self) -> bool {
@@ -145,9 +172,9 @@ impl Piece {
         let _ = match self {
             Self::Text(text) => out.write_str(text),
             Self::RequestHeader { name, otherwise, max } => {
-                let find = |name: &HeaderName| cx.request.and_then(|headers| headers.get(name));
+                let find = |name: &Header| cx.request.and_then(|request| name.of(request));
                 let value = find(name).or_else(|| otherwise.as_ref().and_then(find));
-                let value = value.map(|value| String::from_utf8_lossy(value.as_bytes()));
+                let value = value.map(String::from_utf8_lossy);
                 let value = value.as_deref().unwrap_or("");
                 let end = max.map_or(value.len(), |max| value.floor_char_boundary(max));
                 out.write_str(&value[..end])
@@ -172,6 +199,32 @@ impl Piece {
             Self::ResponseFlags => write!(out, "{}", cx.context.flags()),
             Self::ResponseDetails => out.write_str(cx.context.details().as_deref().unwrap_or("")),
         };
+    }
+}
+
+impl Header {
+    fn new(name: &str) -> Option<Self> {
+        Some(match name.to_ascii_lowercase().as_str() {
+            ":method" => Self::Method,
+            ":path" => Self::Path,
+            ":authority" | "host" => Self::Authority,
+            ":scheme" => Self::Scheme,
+            name => Self::Field(HeaderName::try_from(name).ok()?),
+        })
+    }
+
+    fn of<'a>(&self, request: RequestHead<'a>) -> Option<&'a [u8]> {
+        let field = |name: &HeaderName| request.headers.get(name).map(HeaderValue::as_bytes);
+        match self {
+            Self::Method => Some(request.method.as_str().as_bytes()),
+            Self::Path => request.uri.path_and_query().map(|path| path.as_str().as_bytes()),
+            Self::Authority => match request.uri.authority() {
+                Some(authority) => Some(authority.as_str().as_bytes()),
+                None => field(&http::header::HOST),
+            },
+            Self::Scheme => request.uri.scheme_str().map(str::as_bytes),
+            Self::Field(name) => field(name),
+        }
     }
 }
 
@@ -239,7 +292,7 @@ fn piece(command: &str) -> Result<Piece, InvalidHeaderOp> {
             Some((first, otherwise)) => (first, Some(otherwise)),
             None => (names, None),
         };
-        let header = |text: &str| HeaderName::try_from(text).map_err(|_| unknown());
+        let header = |text: &str| Header::new(text).ok_or_else(unknown);
         return Ok(Piece::RequestHeader {
             name: header(first)?,
             otherwise: otherwise.map(header).transpose()?,
@@ -277,13 +330,17 @@ mod tests {
     }
 
     fn applied(ops: &HeaderOps, headers: &[(&'static str, &'static str)]) -> Vec<(String, String)> {
-        let mut map: HeaderMap = headers
+        let mut request = Request::get("http://host/path?query").version(Version::HTTP_2).body(()).unwrap();
+        *request.headers_mut() = headers
             .iter()
             .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
             .collect();
-        ops.apply_to_request(&mut map, &context(), Version::HTTP_2);
-        let mut all: Vec<_> =
-            map.iter().map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
+        ops.apply_to_request(&mut request, &context());
+        let mut all: Vec<_> = request
+            .headers()
+            .iter()
+            .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
+            .collect();
         // The order of one header's values counts, that of the headers does not.
         all.sort_by(|left, right| left.0.cmp(&right.0));
         all

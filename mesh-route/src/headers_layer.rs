@@ -1,7 +1,7 @@
 //! The layer that applies the header operations of the pinned route (VS-H01).
 //!
-//! Those of a destination are applied below, by whoever picks it (VS-R04): request operations after these, response
-//! operations before these.
+//! Those of a destination come after these (VS-R04). Whoever picks it, below, applies its request operations, and its
+//! response operations too unless the route has some: then they come up with the response as [`AfterRoute`].
 
 use std::future::Future;
 use std::pin::Pin;
@@ -14,7 +14,7 @@ use pin_project::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use crate::headers::FormatContext;
+use crate::headers::{FormatContext, HeaderOps};
 use crate::route::Route;
 
 /// Applies the header operations of the pinned route. Expects [`SelectRouteLayer`](crate::SelectRouteLayer) above it;
@@ -87,7 +87,7 @@ where
         if let Some((route, context)) = pinned {
             let action = route.action();
             if !action.request_headers.is_empty() {
-                action.request_headers.apply_to_request(request.headers_mut(), &context, version);
+                action.request_headers.apply_to_request(&mut request, &context);
             }
             if !action.response_headers.is_empty() {
                 pending = Some(Pending { route, context, version });
@@ -106,6 +106,10 @@ pub struct ResponseFuture<F> {
     pending: Option<Pending>,
 }
 
+/// Response operations of a destination that wait for those of the route; an extension of the response.
+#[derive(Clone, Debug)]
+pub(crate) struct AfterRoute(pub(crate) HeaderOps);
+
 #[derive(Debug)]
 struct Pending {
     route: Arc<Route>,
@@ -115,8 +119,11 @@ struct Pending {
 
 impl Pending {
     fn apply(&self, headers: &mut HeaderMap) {
-        let cx = FormatContext { request: None, context: &self.context, version: self.version };
-        self.route.action().response_headers.apply(headers, &cx);
+        self.route.action().response_headers.apply(headers, &self.format());
+    }
+
+    fn format(&self) -> FormatContext<'_> {
+        FormatContext { request: None, context: &self.context, version: self.version }
     }
 }
 
@@ -132,7 +139,13 @@ where
         let mut result = ready!(this.inner.poll(cx)).map_err(Into::into);
         if let Some(pending) = this.pending {
             match &mut result {
-                Ok(response) => pending.apply(response.headers_mut()),
+                Ok(response) => {
+                    let after = response.extensions_mut().remove::<AfterRoute>();
+                    pending.apply(response.headers_mut());
+                    if let Some(AfterRoute(operations)) = after {
+                        operations.apply(response.headers_mut(), &pending.format());
+                    }
+                }
                 Err(error) => pending.apply(error.headers_mut()),
             }
         }

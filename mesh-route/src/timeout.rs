@@ -3,6 +3,8 @@
 //! The timer starts when the whole request has been received, so a slow upload is not counted. It covers everything
 //! after that: waiting for a connection, every attempt, and the body of the response. A route without a timeout has
 //! none of this.
+//!
+//! A gRPC client says with `grpc-timeout` how long it waits. That holds, but never for longer than the route allows.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -11,11 +13,43 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::StatusCode;
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use mesh_core::{Body, BodyHook, EndOfBody, Error, ErrorKind, ResponseFlags};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How long the exchange of a request may take, by its route and, for gRPC, its client; `None` is no limit.
+pub(crate) fn of(route: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
+    match (route, grpc_timeout(headers)) {
+        (Some(route), Some(client)) => Some(route.min(client)),
+        (route, client) => route.or(client),
+    }
+}
+
+/// What a gRPC client says: up to eight digits and a unit. `None` where it says nothing, nothing that can be read, or 0.
+fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let content_type = headers.get(CONTENT_TYPE)?.as_bytes().strip_prefix(b"application/grpc")?;
+    if !matches!(content_type.first(), None | Some(b'+' | b';')) {
+        return None;
+    }
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let amount: u64 = digits.parse().ok().filter(|amount| *amount > 0)?;
+    Some(match unit {
+        "H" => Duration::from_secs(amount * 3600),
+        "M" => Duration::from_secs(amount * 60),
+        "S" => Duration::from_secs(amount),
+        "m" => Duration::from_millis(amount),
+        "u" => Duration::from_micros(amount),
+        "n" => Duration::from_nanos(amount),
+        _ => return None,
+    })
+}
 
 /// The deadline of one exchange.
 #[derive(Clone, Debug)]

@@ -77,10 +77,6 @@ fn clusters(explanation: &Explanation) -> Vec<(u32, String)> {
     }
 }
 
-fn warnings(diags: &Diagnostics) -> Vec<String> {
-    diags.iter().filter(|d| d.severity == Severity::Warning).map(ToString::to_string).collect()
-}
-
 #[test]
 fn every_name_of_a_service_leads_to_it() {
     let table = compile("");
@@ -140,7 +136,7 @@ fn sc_01_a_sidecar_imports_only_what_it_names() {
 }
 
 #[test]
-fn vs_r02_a_split_over_subsets() {
+fn a_split_is_explained_rule_by_rule() {
     let table = compile(
         "
 apiVersion: networking.istio.io/v1
@@ -169,97 +165,6 @@ spec:
     assert_eq!(explanation.passed_over.len(), 1);
     assert_eq!(explanation.passed_over[0].unmet.predicate, r#"header end-user exact "jason""#);
     assert_eq!(explanation.passed_over[0].unmet.seen, None);
-}
-
-#[test]
-fn vs_09_unknown_hosts_and_subsets_are_warned_of_and_nc() {
-    let (table, diags) = compile_for(
-        Role::Sidecar,
-        "
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: reviews, namespace: default}
-spec:
-  hosts: [reviews]
-  http:
-  - match: [{uri: {prefix: /a}}]
-    route: [{destination: {host: nobody}}]
-  - route: [{destination: {host: reviews, subset: v9}}]
-",
-    );
-    let warnings = warnings(&diags);
-    assert_eq!(warnings.len(), 2, "{warnings:?}");
-    assert!(warnings[0].contains("spec.http[0].route[0].destination.host") && warnings[0].contains("503 NC"));
-    assert!(warnings[1].contains("spec.http[1].route[0].destination.subset"));
-    let Decision::Forward { destinations, .. } = ask(&table, "http://reviews/a").decision else { panic!() };
-    assert!(destinations[0].2.is_none());
-}
-
-#[test]
-fn vs_07_the_oldest_owns_a_host_in_the_mesh() {
-    let rule = |name: &str, stamp: &str, path: &str| {
-        format!(
-            "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: {name}, namespace: default, creationTimestamp: '{stamp}'}}\nspec:\n  hosts: [reviews]\n  http: [{{match: [{{uri: {{prefix: {path}}}}}], route: [{{destination: {{host: reviews}}}}]}}]\n"
-        )
-    };
-    let yaml = format!(
-        "{}---\n{}",
-        rule("young", "2026-02-01T00:00:00Z", "/young"),
-        rule("old", "2026-01-01T00:00:00Z", "/old")
-    );
-    let (table, diags) = compile_for(Role::Sidecar, &yaml);
-    assert!(ask(&table, "http://reviews/old").route.is_some());
-    assert!(ask(&table, "http://reviews/young").route.is_none());
-    assert!(warnings(&diags)[0].contains("IST0109"));
-}
-
-#[test]
-fn vs_m10_to_m13_selectors_are_judged_when_compiling() {
-    let table = compile(
-        "
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: two, namespace: default}
-spec:
-  hosts: [two]
-  http:
-  - {name: by-port, match: [{port: 8081}], route: [{destination: {host: two, port: {number: 8082}}}]}
-  - {name: by-labels, match: [{sourceLabels: {app: nobody}}], route: [{destination: {host: reviews}}]}
-  - {name: by-namespace, match: [{sourceNamespace: nowhere}], route: [{destination: {host: reviews}}]}
-  - {name: overriding, match: [{gateways: [mesh], sourceLabels: {app: nobody}, uri: {prefix: /o}}], route: [{destination: {host: reviews}}]}
-",
-    );
-    let name = |url: &str| ask(&table, url).route.map(|route| route.name().to_owned());
-    assert_eq!(name("http://two:8081/").as_deref(), Some("by-port"));
-    assert_eq!(name("http://two:8082/"), None);
-    assert_eq!(name("http://two:8082/o").as_deref(), Some("overriding"));
-}
-
-#[test]
-fn vs_g01_a_delegate_continues_the_root() {
-    let table = compile(
-        "
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: root, namespace: default}
-spec:
-  hosts: [reviews]
-  http: [{name: root, match: [{uri: {prefix: /a}}], delegate: {name: inner}}]
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: inner, namespace: default}
-spec:
-  http:
-  - {name: deep, match: [{uri: {prefix: /a/b}}], route: [{destination: {host: reviews, subset: v1}}]}
-  - {name: out, match: [{uri: {prefix: /c}}], route: [{destination: {host: reviews, subset: v3}}]}
-  - {name: rest, route: [{destination: {host: reviews}}]}
-",
-    );
-    let name = |url: &str| ask(&table, url).route.map(|route| route.name().to_owned());
-    assert_eq!(name("http://reviews/a/b/c").as_deref(), Some("root-deep"));
-    assert_eq!(name("http://reviews/a").as_deref(), Some("root-rest"));
-    assert_eq!(name("http://reviews/c"), None);
 }
 
 #[test]

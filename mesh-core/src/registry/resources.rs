@@ -107,6 +107,7 @@ impl Resources<'_> {
         let export_to = meta.annotations.get(EXPORT_TO).map_or_else(Vec::new, |text| {
             text.split(',').map(|namespace| namespace.trim().to_owned()).collect()
         });
+        let export_to = self.export_to(&export_to);
         let mut instances =
             slices.get(&(meta.namespace.as_str(), meta.name.as_str())).cloned().unwrap_or_default();
         instances.extend(self.selected(&meta.namespace, &spec.selector));
@@ -169,12 +170,17 @@ impl Resources<'_> {
                 ports: ports.clone(),
                 resolution,
                 instances,
-                export_to: spec.export_to.clone(),
+                export_to: self.export_to(&spec.export_to),
                 alias_of: None,
                 external: spec.location == Location::MeshExternal,
             }
         });
         services.collect()
+    }
+
+    /// Who may see a service that says this, by the mesh's own list where it says nothing.
+    fn export_to(&self, said: &[String]) -> Vec<String> {
+        if said.is_empty() { self.set.mesh_config().default_service_export_to.clone() } else { said.to_vec() }
     }
 
     /// The workload entries of a namespace that a selector with labels selects.

@@ -97,7 +97,6 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
                 "spec.addresses",
                 "spec.ports",
                 "spec.location",
-                "spec.endpoints[*].address",
                 "spec.endpoints[*].ports",
                 "spec.endpoints[*].labels",
                 "spec.endpoints[*].weight",
@@ -110,10 +109,18 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
         if resource.spec.resolution != Resolution::DynamicDns {
             diags.honour(resource.doc, "spec.resolution");
         }
+        for (at, endpoint) in resource.spec.endpoints().iter().enumerate() {
+            if !is_socket(&endpoint.address) {
+                diags.honour(resource.doc, &format!("spec.endpoints[{at}].address"));
+            }
+        }
     }
     for resource in set.workload_entries() {
-        for field in ["address", "ports", "labels", "weight", "locality", "serviceAccount"] {
+        for field in ["ports", "labels", "weight", "locality", "serviceAccount"] {
             diags.honour(resource.doc, &format!("spec.{field}"));
+        }
+        if !is_socket(&resource.spec.address) {
+            diags.honour(resource.doc, "spec.address");
         }
     }
     for resource in set.gateways() {
@@ -143,6 +150,11 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
     for doc in set.endpoint_slices().iter().map(|slice| slice.doc) {
         diags.honour_all(doc, &["endpoints", "ports", "addressType"]);
     }
+}
+
+/// Whether an endpoint is a unix socket, to which nothing connects yet.
+fn is_socket(address: &str) -> bool {
+    address.starts_with("unix:")
 }
 
 fn honour_redirect(server: &Server, doc: mesh_core::diagnostics::DocId, at: usize, diags: &mut Diagnostics) {

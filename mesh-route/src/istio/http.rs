@@ -157,21 +157,20 @@ impl<'m> Rules<'_, 'm> {
                     }
                     continue;
                 }
-                let name = if is_claim(name) {
-                    // No request has a header of this name, so that a rule by claims takes nobody who was not
-                    // verified: nothing here verifies tokens yet.
-                    HeaderName::from_static("x-mesh-unverified-claim")
-                } else {
-                    match HeaderName::try_from(name.as_str()) {
-                        Ok(name) => name,
-                        Err(error) => {
-                            self.diags.error_at(
-                                resource.doc,
-                                format!("{path}.{field}"),
-                                format!("{name:?}: {error}"),
-                            );
-                            return None;
-                        }
+                if is_claim(name) {
+                    // Nothing here verifies tokens yet, so nobody has a claim: a rule that asks for one takes no
+                    // request, and that one is absent always holds.
+                    if inverted {
+                        continue;
+                    }
+                    return None;
+                }
+                let name = match HeaderName::try_from(name.as_str()) {
+                    Ok(name) => name,
+                    Err(error) => {
+                        let message = format!("{name:?}: {error}");
+                        self.diags.error_at(resource.doc, format!("{path}.{field}"), message);
+                        return None;
                     }
                 };
                 let header = if is_presence(matcher) {

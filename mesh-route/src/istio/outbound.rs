@@ -42,13 +42,14 @@ pub(super) fn table<'m>(
         }
         let mut hosts = Vec::new();
         for port in service.ports.iter().filter(|port| port.protocol.is_http()) {
-            let routes = match owner.filter(|owner| !owner.rules.is_empty()) {
-                Some(owner) => {
-                    let place = Place { gateways: &gateways, port: Some(port.number) };
-                    Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place)
-                }
-                None => default_route(clusters, service, port.number).into_iter().collect(),
-            };
+            let mut routes = owner.map_or_else(Vec::new, |owner| {
+                let place = Place { gateways: &gateways, port: Some(port.number) };
+                Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place)
+            });
+            // Without a rule for this port and workload it is as if there were no virtual service.
+            if routes.is_empty() {
+                routes.extend(default_route(clusters, service, port.number));
+            }
             let name = format!("{}:{}", service.host, port.number);
             hosts.push((port.number, Arc::new(VirtualHost::new(name, routes))));
         }

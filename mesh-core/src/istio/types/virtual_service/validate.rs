@@ -63,7 +63,11 @@ impl VirtualService {
             let at = format!("hosts[{index}]");
             let judged = host_name(host, for_gateways && by_sni);
             match judged {
-                Err(_) if check::ip(host).is_ok() => {}
+                Err(_) if check::ip(host).is_ok() => {
+                    if self.gateways.iter().all(|gateway| gateway == MESH) {
+                        out.warning(&at, format!("the IP address {host:?} is a host only at a gateway"));
+                    }
+                }
                 Ok(()) if !for_gateways && host == "*" => {
                     out.error(&at, "\"*\" is not allowed for the mesh gateway");
                     valid = false;

@@ -47,6 +47,13 @@ pub(super) fn route(out: &mut Findings, route: &HttpRoute, in_delegate: bool, fo
     }
     if let Some(change) = &route.rewrite {
         out.within("rewrite", |out| rewrite(out, change));
+        // A delegate may have its match from its root.
+        if !in_delegate && !matches!(change.uri.as_str(), "" | "/") && matches_any_path(&route.matches) {
+            out.warning(
+                "rewrite.uri",
+                "without a match of the uri this replaces the prefix \"/\", so \"/a\" on \"/b\" becomes \"/ab\"",
+            );
+        }
     }
     authority_once(out, route);
     for (index, to) in route.route.iter().enumerate() {
@@ -67,6 +74,11 @@ pub(super) fn route(out: &mut Findings, route: &HttpRoute, in_delegate: bool, fo
     }
 }
 
+/// Whether some request is taken whatever its path.
+fn matches_any_path(matches: &[HttpMatchRequest]) -> bool {
+    matches.is_empty() || matches.iter().any(|matches| matches.uri.is_none())
+}
+
 /// Exactly one of route, redirect, directResponse and delegate (VS-R01, VS-G01).
 fn actions(out: &mut Findings, route: &HttpRoute, in_delegate: bool) {
     let conflict = |out: &mut Findings, what: &str, others: &[(&str, bool)]| {
@@ -83,7 +95,7 @@ fn actions(out: &mut Findings, route: &HttpRoute, in_delegate: bool) {
         if in_delegate {
             out.error("delegate", "a delegate must not delegate further");
         } else {
-            conflict(out, "delegate", &[redirects, forwards, responds]);
+            conflict(out, "delegate", &[redirects, forwards]);
         }
         return;
     }

@@ -1,0 +1,13 @@
+//! Istio's semantics by ID, on the routing that unmodified Istio YAML compiles to: which route takes a request, what its
+//! cluster is like, and, where something has to be done to a request or response, what an upstream sees behind the
+//! real stack.
+#![cfg(feature = "istio")]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+mod virtual_service_action;
+mod virtual_service_delegate;
+mod virtual_service_match;
+mod virtual_service_redirect;
+mod virtual_service_route;
+mod virtual_service_top;
