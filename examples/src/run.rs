@@ -13,7 +13,7 @@ use mesh_core::diagnostics::Severity;
 use mesh_core::istio::SourceFile;
 use mesh_core::server::{BindError, DrainTimes, Drained, ListenerSpec, Server, ServerLimits, serve_here};
 use mesh_core::{ClusterName, Direction, GatewayListener, Panics, Slot};
-use mesh_route::discover::{Discoverer, REFRESH, SystemResolver};
+use mesh_route::discover::{Discoverer, SystemResolver};
 use mesh_route::{
     Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, RouteBuilder, RouteTable, Shard,
     UpstreamProtocol,
@@ -180,7 +180,7 @@ struct Proxy {
 impl Proxy {
     fn prepare(binary: &'static str, role: Role, common: &Common, sources: Sources) -> Result<Self, Failure> {
         let context: CompileContext = common.compile_context(role);
-        let discoverer = Discoverer::new(SystemResolver, REFRESH, tokio::runtime::Handle::current());
+        let discoverer = Discoverer::new(SystemResolver, tokio::runtime::Handle::current());
         let control = Control::new(context, sources, common.lenient, Clusters::new(), discoverer);
         let parts = Parts {
             access_log: AccessLogLayer::off(),

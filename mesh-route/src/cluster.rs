@@ -64,9 +64,13 @@ impl Cluster {
         }
     }
 
+    /// Attaches the runtime, which counts this cluster among its holders already, and the endpoints that
+    /// configuration lists.
     pub(crate) fn attach(&self, runtime: Arc<ClusterRuntime>, listed: Option<Arc<EndpointSet>>) {
         // A cluster belongs to one registry; the first keeps it.
-        let _ = self.attached.set(Attached { runtime, listed });
+        if let Err(second) = self.attached.set(Attached { runtime, listed }) {
+            second.runtime.release();
+        }
     }
 
     /// Where its endpoints are, in words: the addresses that are known now, or why there are none.
@@ -90,6 +94,14 @@ impl Cluster {
     }
 }
 
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if let Some(attached) = self.attached.get() {
+            attached.runtime.release();
+        }
+    }
+}
+
 /// A cluster as configuration defines it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClusterSpec {
@@ -105,6 +117,8 @@ pub struct ClusterSpec {
     pub tls: UpstreamTls,
     /// Limits and time-outs of its connections.
     pub pool: PoolSettings,
+    /// How often its names are resolved again, where it has names. Default 60 s, Istio's `dnsRefreshRate`.
+    pub dns_refresh_rate: Duration,
 }
 
 /// Where the endpoints of a cluster come from.
@@ -246,6 +260,7 @@ impl ClusterSpec {
             protocol: UpstreamProtocol::default(),
             tls: UpstreamTls::default(),
             pool: PoolSettings::default(),
+            dns_refresh_rate: crate::discover::REFRESH,
         }
     }
 }

@@ -17,7 +17,7 @@ use tokio::task::AbortHandle;
 use crate::cluster::{Cluster, Discovery, DnsEndpoint};
 use crate::runtime::ClusterRuntime;
 
-/// How often names are resolved again. Istio's `dnsRefreshRate` default.
+/// How often names are resolved again unless a cluster says otherwise. Istio's `dnsRefreshRate` default.
 pub const REFRESH: Duration = Duration::from_secs(60);
 
 /// Most addresses that one name may have; the rest of a longer answer is left out.
@@ -49,7 +49,6 @@ impl Resolve for SystemResolver {
 #[derive(Clone)]
 pub struct Discoverer {
     resolver: Arc<dyn Resolve>,
-    refresh: Duration,
     runtime: tokio::runtime::Handle,
     running: Arc<Mutex<HashMap<u64, Running>>>,
 }
@@ -57,14 +56,15 @@ pub struct Discoverer {
 struct Running {
     names: Vec<DnsEndpoint>,
     first_only: bool,
+    refresh: Duration,
     task: AbortHandle,
 }
 
 impl Discoverer {
-    /// Resolves by `resolver` every `refresh`, with tasks of `runtime`: the control plane's, never a worker's.
+    /// Resolves by `resolver` with tasks of `runtime`: the control plane's, never a worker's.
     #[must_use]
-    pub fn new(resolver: impl Resolve, refresh: Duration, runtime: tokio::runtime::Handle) -> Self {
-        Self { resolver: Arc::new(resolver), refresh, runtime, running: Arc::default() }
+    pub fn new(resolver: impl Resolve, runtime: tokio::runtime::Handle) -> Self {
+        Self { resolver: Arc::new(resolver), runtime, running: Arc::default() }
     }
 
     /// Follows the clusters of a generation. Called after [`Clusters::reconcile`](crate::Clusters::reconcile), before
@@ -79,8 +79,9 @@ impl Discoverer {
                 _ => continue,
             };
             let Some(runtime) = cluster.runtime() else { continue };
+            let refresh = cluster.spec().dns_refresh_rate;
             if let Some(known) = running.get(&runtime.id()) {
-                if known.names == names && known.first_only == first_only {
+                if known.names == names && known.first_only == first_only && known.refresh == refresh {
                     continue;
                 }
                 known.task.abort();
@@ -90,16 +91,16 @@ impl Discoverer {
                 names.clone(),
                 first_only,
                 Arc::clone(&self.resolver),
-                self.refresh,
+                refresh,
             ));
-            running.insert(runtime.id(), Running { names, first_only, task: task.abort_handle() });
+            running.insert(runtime.id(), Running { names, first_only, refresh, task: task.abort_handle() });
         }
     }
 }
 
 impl std::fmt::Debug for Discoverer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Discoverer").field("refresh", &self.refresh).finish_non_exhaustive()
+        f.debug_struct("Discoverer").finish_non_exhaustive()
     }
 }
 
@@ -187,7 +188,7 @@ mod tests {
     async fn a12_failures_and_empty_answers_keep_the_last_good_set() {
         let script = answers(&[Some(&["10.0.0.1", "10.0.0.2"]), None, Some(&[]), Some(&["10.0.0.3"])]);
         let cluster = named(|name| Discovery::StrictDns(vec![name]));
-        let discoverer = Discoverer::new(script, REFRESH, tokio::runtime::Handle::current());
+        let discoverer = Discoverer::new(script, tokio::runtime::Handle::current());
         discoverer.follow(std::slice::from_ref(&cluster));
         settle().await;
         assert_eq!(known(&cluster), ["10.0.0.1:80", "10.0.0.2:80"]);
@@ -204,11 +205,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn se_03_round_robin_takes_the_first_record_and_addresses_need_no_dns() {
         let cluster = named(Discovery::LogicalDns);
-        let discoverer = Discoverer::new(
-            answers(&[Some(&["10.0.0.1", "10.0.0.2"])]),
-            REFRESH,
-            tokio::runtime::Handle::current(),
-        );
+        let discoverer =
+            Discoverer::new(answers(&[Some(&["10.0.0.1", "10.0.0.2"])]), tokio::runtime::Handle::current());
         discoverer.follow(std::slice::from_ref(&cluster));
         settle().await;
         assert_eq!(known(&cluster), ["10.0.0.1:80"]);
@@ -222,7 +220,7 @@ mod tests {
     async fn a_cluster_that_is_gone_is_resolved_no_more() {
         let script = answers(&[Some(&["10.0.0.1"]), Some(&["10.0.0.2"]), Some(&["10.0.0.3"])]);
         let cluster = named(|name| Discovery::StrictDns(vec![name]));
-        let discoverer = Discoverer::new(script.clone(), REFRESH, tokio::runtime::Handle::current());
+        let discoverer = Discoverer::new(script.clone(), tokio::runtime::Handle::current());
         discoverer.follow(std::slice::from_ref(&cluster));
         settle().await;
         drop(cluster);

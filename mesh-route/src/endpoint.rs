@@ -6,7 +6,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 /// Turns of a weighted round robin that are laid out in advance; a set that needs more draws by weight.
 const MAX_TURNS: u64 = 4096;
@@ -19,6 +19,7 @@ pub struct Endpoint {
     in_flight: AtomicU32,
     connections: AtomicU32,
     requests: AtomicU64,
+    retired: AtomicBool,
 }
 
 impl Endpoint {
@@ -30,6 +31,7 @@ impl Endpoint {
             in_flight: AtomicU32::new(0),
             connections: AtomicU32::new(0),
             requests: AtomicU64::new(0),
+            retired: AtomicBool::new(false),
         }
     }
 
@@ -61,6 +63,17 @@ impl Endpoint {
     #[must_use]
     pub fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
+    }
+
+    /// Whether the newest configuration, or the newest answer of the resolver, no longer has it: requests that were
+    /// routed before may still go there, and its connections are not kept for others.
+    #[must_use]
+    pub fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_retired(&self, retired: bool) {
+        self.retired.store(retired, Ordering::Relaxed);
     }
 
     pub(crate) fn connections_counter(&self) -> &AtomicU32 {

@@ -7,7 +7,7 @@
 //! Endpoints from configuration belong to the generation that lists them, so that no request mixes generations. Those
 //! of the resolver change by themselves.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -30,6 +30,8 @@ pub struct ClusterRuntime {
     name: ClusterName,
     resolved: ArcSwap<EndpointSet>,
     known: Mutex<HashMap<SocketAddr, Weak<Endpoint>>>,
+    /// Clusters of living generations that are attached.
+    holders: AtomicU32,
     pub(crate) connections: AtomicU32,
     pub(crate) pending: AtomicU32,
     pub(crate) requests: AtomicU32,
@@ -58,6 +60,7 @@ impl Clusters {
                 runtimes.insert(cluster.name().clone(), Arc::downgrade(&runtime));
                 runtime
             });
+            runtime.hold();
             let listed = match &cluster.spec().discovery {
                 Discovery::Static(endpoints) => {
                     let weighted = endpoints.iter().map(|endpoint| (endpoint.addr, endpoint.weight));
@@ -88,6 +91,7 @@ impl ClusterRuntime {
             name,
             resolved: ArcSwap::default(),
             known: Mutex::default(),
+            holders: AtomicU32::new(0),
             connections: AtomicU32::new(0),
             pending: AtomicU32::new(0),
             requests: AtomicU32::new(0),
@@ -127,7 +131,9 @@ impl ClusterRuntime {
         if known.len() >= 64 && known.len().is_power_of_two() {
             known.retain(|_, endpoint| endpoint.strong_count() > 0);
         }
-        Self::keep(&mut known, addr)
+        let endpoint = Self::keep(&mut known, addr);
+        endpoint.set_retired(false);
+        endpoint
     }
 
     /// Open connections.
@@ -154,12 +160,35 @@ impl ClusterRuntime {
         self.overflows.load(Ordering::Relaxed)
     }
 
+    /// A cluster of a generation is attached.
+    fn hold(&self) {
+        if self.holders.fetch_add(1, Ordering::AcqRel) == 0 {
+            self.resolved.load().iter().for_each(|endpoint| endpoint.set_retired(false));
+        }
+    }
+
+    /// A cluster of a generation is gone. With the last one the endpoints retire, and their connections close.
+    pub(crate) fn release(&self) {
+        if self.holders.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            // A generation that came meanwhile has its endpoints back.
+            if self.holders.load(Ordering::Acquire) == 0 {
+                known.values().filter_map(Weak::upgrade).for_each(|endpoint| endpoint.set_retired(true));
+            }
+        }
+    }
+
     fn endpoint_set(&self, addresses: impl IntoIterator<Item = (SocketAddr, u32)>) -> EndpointSet {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let set = EndpointSet::new(
             addresses.into_iter().map(|(addr, weight)| (Self::keep(&mut known, addr), weight)),
         );
-        known.retain(|_, endpoint| endpoint.strong_count() > 0);
+        let listed: HashSet<u64> = set.iter().map(|endpoint| endpoint.id()).collect();
+        known.retain(|_, endpoint| {
+            let Some(endpoint) = endpoint.upgrade() else { return false };
+            endpoint.set_retired(!listed.contains(&endpoint.id()));
+            true
+        });
         set
     }
 
@@ -252,6 +281,25 @@ mod tests {
             drop(runtime.endpoint(([10, 0, 0, 1], port).into()));
         }
         assert!(runtime.known.lock().unwrap().len() <= 64);
+    }
+
+    #[test]
+    fn c6_an_endpoint_retires_when_no_configuration_has_it() {
+        let clusters = Clusters::new();
+        let first = cluster(&[1, 2]);
+        clusters.reconcile(std::slice::from_ref(&first));
+        let endpoints: Vec<_> = first.endpoints().iter().cloned().collect();
+        let retired = || endpoints.iter().map(|endpoint| endpoint.is_retired()).collect::<Vec<_>>();
+        let second = cluster(&[2]);
+        clusters.reconcile(std::slice::from_ref(&second));
+        assert_eq!(retired(), [true, false]);
+        let third = cluster(&[1, 2]);
+        clusters.reconcile(std::slice::from_ref(&third));
+        assert_eq!(retired(), [false, false]);
+        drop((first, second));
+        assert_eq!(retired(), [false, false]);
+        drop(third);
+        assert_eq!(retired(), [true, true], "the cluster is gone");
     }
 
     #[test]

@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use mesh_core::istio::effective::scope::is_subset;
 use mesh_core::istio::types::destination_rule::Subset;
 use mesh_core::istio::types::sidecar::OutboundMode;
 use mesh_core::registry::{Instance, Resolution, Service, ServicePort};
 use mesh_core::{ClusterName, Direction};
 
-use super::mesh::{Mesh, selects};
-use super::policy::Rules;
+use super::mesh::Mesh;
+use super::policy;
 use crate::cluster::{Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, UpstreamProtocol};
 
 /// The clusters of a table, each made once.
@@ -72,13 +73,15 @@ impl<'m> Clusters<'m> {
         if let Some(cluster) = self.made.get(&name) {
             return Some(Arc::clone(cluster));
         }
-        let rules = Rules::of(self.mesh, service);
+        let rule = self.mesh.rule(service);
         let subset = match subset {
             "" => None,
-            name => Some(rules.subsets().into_iter().find(|subset| subset.name == name)?),
+            name => Some(rule.as_ref()?.subset(name)?),
         };
         let mut spec = ClusterSpec::new(name, discovery(service, port, subset));
-        rules.blocks(port.number, subset).apply(self.mesh, port, &mut spec);
+        let effective =
+            self.mesh.policy(rule.as_ref(), subset.map(|subset| subset.name.as_str()), port.number);
+        policy::apply(&effective, self.mesh, port, &mut spec);
         Some(self.keep(spec))
     }
 
@@ -88,7 +91,7 @@ impl<'m> Clusters<'m> {
         if service.alias_of.as_deref().is_some_and(|target| self.mesh.service(target).is_some()) {
             return;
         }
-        let subsets = Rules::of(self.mesh, service).subsets();
+        let subsets = self.mesh.rule(service).map(|rule| rule.subsets).unwrap_or_default();
         for port in service.ports.iter().filter(|port| port.protocol.is_http()) {
             self.of(service, port, "");
             for subset in &subsets {
@@ -120,7 +123,7 @@ impl<'m> Clusters<'m> {
 }
 
 fn discovery(service: &Service, port: &ServicePort, subset: Option<&Subset>) -> Discovery {
-    let in_subset = |instance: &&Arc<Instance>| subset.is_none_or(|s| selects(&s.labels, &instance.labels));
+    let in_subset = |instance: &&Arc<Instance>| subset.is_none_or(|s| is_subset(&s.labels, &instance.labels));
     let instances = || service.instances.iter().filter(in_subset);
     let dns = |instance: &Arc<Instance>| DnsEndpoint {
         host: Arc::clone(&instance.address),

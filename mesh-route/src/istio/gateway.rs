@@ -5,13 +5,15 @@ use std::sync::Arc;
 
 use mesh_core::diagnostics::Diagnostics;
 use mesh_core::istio::Resource;
+use mesh_core::istio::effective::host::is_covered_by;
+use mesh_core::istio::effective::scope::is_subset;
 use mesh_core::istio::types::gateway::Gateway;
 use mesh_core::istio::types::virtual_service::HttpRoute;
 
 use super::clusters::Clusters;
 use super::delegate;
 use super::http::{Place, Rules, names_gateway};
-use super::mesh::{Mesh, host_covers, selects};
+use super::mesh::Mesh;
 use crate::redirect::Redirect;
 use crate::route::{ActionKind, Route, RouteAction, RouteMatch};
 use crate::table::{KeyedBy, RouteTable, VirtualHost};
@@ -49,9 +51,9 @@ pub(super) fn table<'m>(
                         continue;
                     }
                     // The narrower of the two: a server exposes no more than its hosts.
-                    let domain = if host_covers(served, &host) {
+                    let domain = if is_covered_by(&host, served) {
                         &host
-                    } else if host_covers(&host, served) {
+                    } else if is_covered_by(served, &host) {
                         served
                     } else {
                         continue;
@@ -75,7 +77,7 @@ pub(super) fn table<'m>(
             hosts.entry(host.clone()).or_default();
         }
         for (host, mut routes) in hosts {
-            if redirected.iter().any(|pattern| host_covers(pattern, &host)) {
+            if redirected.iter().any(|pattern| is_covered_by(&host, pattern)) {
                 routes = vec![to_https()];
             }
             // Catch-alls of one virtual service must not hide the rules of the next (VS-07); the order is stable.
@@ -123,7 +125,7 @@ fn exposed(mesh: &Mesh<'_>) -> BTreeMap<u16, Vec<Exposed>> {
 
 /// Whether a gateway is for this workload: its selector may name any namespace's, and none names every gateway (GW-03).
 fn is_selected(gateway: &Resource<Gateway>, mesh: &Mesh<'_>) -> bool {
-    selects(&gateway.spec.selector, &mesh.cx.workload.labels)
+    is_subset(&gateway.spec.selector, &mesh.cx.workload.labels)
 }
 
 fn is_attached(

@@ -138,7 +138,12 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
     for resource in set.sidecars() {
         diags.honour_all(
             resource.doc,
-            &["spec.workloadSelector", "spec.egress[*].hosts", "spec.outboundTrafficPolicy.mode"],
+            &[
+                "spec.workloadSelector",
+                "spec.egress[*].hosts",
+                "spec.egress[*].port",
+                "spec.outboundTrafficPolicy.mode",
+            ],
         );
     }
     for doc in set.services().iter().map(|service| service.doc) {

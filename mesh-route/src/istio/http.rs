@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, StatusCode};
 use mesh_core::diagnostics::{Diagnostics, Severity};
 use mesh_core::istio::Resource;
+use mesh_core::istio::effective::scope::is_subset;
 use mesh_core::istio::types::common::{StringMatch, StringMatchKind};
 use mesh_core::istio::types::virtual_service::{
     HeaderOperations, HttpMatchRequest, HttpRedirect, HttpRoute, HttpRouteDestination, RedirectPortSelection,
@@ -16,7 +17,7 @@ use mesh_core::istio::types::virtual_service::{
 use mesh_core::matcher::{HeaderMatcher, QueryMatcher, StringMatcher};
 
 use super::clusters::{Clusters, Found};
-use super::mesh::{Mesh, selects};
+use super::mesh::Mesh;
 use crate::direct_response::DirectResponse;
 use crate::headers::HeaderOps;
 use crate::redirect::{Redirect, RedirectPath, RedirectPort};
@@ -105,7 +106,7 @@ impl<'m> Rules<'_, 'm> {
         }
         let workload = &self.mesh.cx.workload;
         names_gateway(&resource.spec.gateways, &resource.meta.namespace, place.gateways)
-            && selects(&matched.source_labels, &workload.labels)
+            && is_subset(&matched.source_labels, &workload.labels)
             && (matched.source_namespace.is_empty() || matched.source_namespace == workload.namespace)
     }
 

@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use mesh_core::diagnostics::{Diagnostics, Severity};
 use mesh_core::istio::Resource;
+use mesh_core::istio::effective::host::is_covered_by;
 use mesh_core::istio::types::sidecar::OutboundMode;
 use mesh_core::istio::types::virtual_service::{HttpRoute, VirtualService};
-use mesh_core::registry::Service;
+use mesh_core::registry::{Service, ServicePort};
 
 use super::clusters::Clusters;
 use super::delegate;
 use super::http::{Place, Rules, names_gateway};
-use super::mesh::{Mesh, host_covers};
+use super::mesh::Mesh;
 use crate::route::{Route, RouteAction, RouteMatch};
 use crate::table::{KeyedBy, RouteTable, VirtualHost};
 
@@ -37,11 +38,14 @@ pub(super) fn table<'m>(
         let owner = owners.for_host(&service.host);
         if let Some(owner) = owner {
             claimed.extend(
-                owner.hosts.iter().filter(|host| host_covers(host, &service.host)).map(String::as_str),
+                owner.hosts.iter().filter(|host| is_covered_by(&service.host, host)).map(String::as_str),
             );
         }
         let mut hosts = Vec::new();
-        for port in service.ports.iter().filter(|port| port.protocol.is_http()) {
+        let imported = |port: &&ServicePort| {
+            port.protocol.is_http() && mesh.imports(&service.namespace, &service.host, port.number)
+        };
+        for port in service.ports.iter().filter(imported) {
             let mut routes = owner.map_or_else(Vec::new, |owner| {
                 let place = Place { gateways: &gateways, port: Some(port.number) };
                 Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place)
@@ -106,7 +110,7 @@ impl<'a> Owners<'a> {
         let wildcards =
             self.all.iter().flat_map(|owner| owner.hosts.iter().map(move |pattern| (owner, pattern)));
         wildcards
-            .filter(|(_, pattern)| pattern.starts_with('*') && host_covers(pattern, host))
+            .filter(|(_, pattern)| pattern.starts_with('*') && is_covered_by(host, pattern))
             // Of equals the first, which is the oldest.
             .fold(None, |best: Option<(&Owner<'a>, &String)>, next| match best {
                 Some(best) if best.1.len() >= next.1.len() => Some(best),
@@ -135,7 +139,7 @@ fn owners<'m>(mesh: &'m Mesh<'m>, diags: &mut Diagnostics) -> Owners<'m> {
         let mut hosts = Vec::with_capacity(spec.hosts.len());
         for (at, host) in spec.hosts.iter().enumerate() {
             let host = mesh.resolve(host, namespace);
-            if !mesh.imports(namespace, &host) {
+            if !mesh.imports_some(namespace, &host) {
                 continue;
             }
             match taken.get(&host) {

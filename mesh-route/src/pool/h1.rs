@@ -16,6 +16,10 @@ use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
 
+/// The most bytes that a connection reads ahead or holds back, in bytes; also the longest head of a response. Envoy takes
+/// 60 KiB of response headers.
+const BUFFER: usize = 64 * 1024;
+
 /// The connections of one shard to one endpoint.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
@@ -148,15 +152,18 @@ impl Lease {
         let opened = Opened::new(shard, endpoint.id(), slot);
         let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
         let Connected { stream, local } = connect(&target, &spec.pool).await?;
-        let (sender, connection) =
-            http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(exchange_error)?;
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(BUFFER)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(exchange_error)?;
         tokio::spawn(async move {
             // What ends it is seen by whoever holds the sender.
             let _ = connection.with_upgrades().await;
             drop(opened);
         });
         shard.sweep();
-        let conn = Conn { sender, meta: ConnMeta::new(local, &spec.pool) };
+        let conn = Conn { sender, meta: ConnMeta::new(local, endpoint, &spec.pool) };
         Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) })
     }
 

@@ -175,7 +175,7 @@ impl Lease {
                 streams: Arc::default(),
                 max_streams: spec.pool.max_concurrent_streams.max(1),
                 allowed,
-                meta: ConnMeta::new(local, &spec.pool),
+                meta: ConnMeta::new(local, endpoint, &spec.pool),
                 idle_since: mesh_core::clock::now(),
             });
         }

@@ -28,6 +28,7 @@ const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
 #[derive(Debug)]
 pub(crate) struct ConnMeta {
     pub(crate) local: Option<SocketAddr>,
+    pub(crate) endpoint: Arc<Endpoint>,
     pub(crate) expires: Option<Instant>,
     pub(crate) idle_timeout: Option<Duration>,
     pub(crate) max_requests: u32,
@@ -35,9 +36,10 @@ pub(crate) struct ConnMeta {
 }
 
 impl ConnMeta {
-    fn new(local: Option<SocketAddr>, settings: &PoolSettings) -> Self {
+    fn new(local: Option<SocketAddr>, endpoint: &Arc<Endpoint>, settings: &PoolSettings) -> Self {
         Self {
             local,
+            endpoint: Arc::clone(endpoint),
             expires: settings.max_connection_duration.map(|duration| mesh_core::clock::now() + duration),
             idle_timeout: settings.idle_timeout,
             max_requests: settings.max_requests_per_connection.unwrap_or(u32::MAX),
@@ -47,7 +49,9 @@ impl ConnMeta {
 
     /// Whether it may take another request.
     fn is_fresh(&self, now: impl FnOnce() -> Instant) -> bool {
-        self.served < self.max_requests && self.expires.is_none_or(|expires| now() < expires)
+        !self.endpoint.is_retired()
+            && self.served < self.max_requests
+            && self.expires.is_none_or(|expires| now() < expires)
     }
 }
 

@@ -100,6 +100,16 @@ pub fn allows(
     })
 }
 
+/// Whether a Sidecar lets in a host of this name and namespace on some port: by any of its listeners.
+#[must_use]
+pub fn allows_some(sidecar: &Resource<Sidecar>, workload: &Workload, host: &str, namespace: &str) -> bool {
+    let egress = &sidecar.spec.egress;
+    egress.is_empty()
+        || egress.iter().any(|listener| {
+            EgressHosts::new(&listener.hosts, &workload.namespace).allows(host, namespace)
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::scope::workload;
