@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use mesh_testkit::ledger::Load;
 use mesh_testkit::process::{ConfigDir, Process};
-use mesh_testkit::raw::{Answer, exchange};
+use mesh_testkit::raw::{Answer, exchange, get, get_json};
 use mesh_testkit::until;
 use mesh_testkit::upstream::Echo;
 use serde_json::Value;
@@ -19,26 +19,6 @@ const ANY: &str = "127.0.0.1:0";
 
 async fn send(peer: SocketAddr, request: &str) -> Answer {
     exchange(peer, request.as_bytes(), Duration::from_secs(5)).await
-}
-
-/// One GET on a connection of its own; status and body.
-async fn get(peer: SocketAddr, host: &str, path: &str) -> (u16, String) {
-    let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
-    let answer = send(peer, &request).await;
-    let text = String::from_utf8_lossy(&answer.bytes).into_owned();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
-    let status = head.get(9..12).and_then(|status| status.parse().ok()).unwrap_or(0);
-    let body = if head.to_ascii_lowercase().contains("transfer-encoding: chunked") {
-        body.lines().filter(|line| usize::from_str_radix(line, 16).is_err()).collect()
-    } else {
-        body.to_owned()
-    };
-    (status, body)
-}
-
-async fn get_json(peer: SocketAddr, path: &str) -> Value {
-    let (status, body) = get(peer, "admin", path).await;
-    serde_json::from_str(&body).unwrap_or_else(|error| panic!("{path}: {status} {error}: {body}"))
 }
 
 fn service(name: &str, endpoints: &[(&str, SocketAddr)]) -> String {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_testkit::process::{ConfigDir, Process};
-use mesh_testkit::raw::exchange;
+use mesh_testkit::raw::{counted, exchange};
 use mesh_testkit::upstream::Recorder;
 use mesh_testkit::{shared_data, until};
 use serde_json::Value;
@@ -62,22 +62,6 @@ spec:
         ],
     );
     (process, dir)
-}
-
-/// Sends a message; how many requests came upstream and how many answers came back. A machine that is busy may be
-/// silent for longer than a moment, so what looks wrong is looked at again with patience.
-async fn counted(address: SocketAddr, upstream: &Recorder, message: &[u8]) -> (usize, usize) {
-    let mut counts = (0, 0);
-    for silence in [Duration::from_millis(25), Duration::from_millis(250), Duration::from_secs(2)] {
-        upstream.clear();
-        let answer = exchange(address, message, silence).await;
-        // `requests` panics where both framings were forwarded.
-        counts = (upstream.requests(), answer.statuses().len());
-        if counts.0 <= counts.1 {
-            break;
-        }
-    }
-    counts
 }
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";

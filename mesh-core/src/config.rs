@@ -249,7 +249,7 @@ impl<S: ?Sized + 'static> Compiler<S> {
     }
 
     fn publish(&mut self, snapshot: Snapshot) {
-        let snapshot = Arc::new(snapshot);
+        let snapshot = self.snapshots.prepare(snapshot);
         for reconcile in &mut self.before_publish {
             reconcile(&snapshot);
         }
@@ -341,6 +341,35 @@ mod tests {
         assert!(!compiler.apply(&13, Diagnostics::default()).accepted);
         let snapshot = compiler.snapshots().load();
         assert_eq!((snapshot.generation(), snapshot.get(&slot).unwrap().0), (0, 0));
+    }
+
+    #[test]
+    fn c5_a_replaced_generation_is_not_freed_by_its_last_holder() {
+        struct Heavy(std::sync::mpsc::Sender<std::thread::ThreadId>);
+        impl Drop for Heavy {
+            fn drop(&mut self) {
+                // The test may be over.
+                let _ = self.0.send(std::thread::current().id());
+            }
+        }
+        type Told = std::sync::mpsc::Sender<std::thread::ThreadId>;
+        impl Compile<Told> for Heavy {
+            fn compile(source: &Told, _: &CompileContext, _: &mut Diagnostics) -> Result<Self, Rejected> {
+                Ok(Self(source.clone()))
+            }
+
+            fn closed(_: &CompileContext) -> Self {
+                Self(std::sync::mpsc::channel().0)
+            }
+        }
+        let mut compiler = Compiler::<Told>::new(CompileContext::new(Role::Sidecar));
+        compiler.register::<Heavy>();
+        let (sender, freed) = std::sync::mpsc::channel();
+        compiler.apply(&sender, Diagnostics::default());
+        let pinned = compiler.snapshots().load();
+        compiler.apply(&sender, Diagnostics::default());
+        drop(pinned);
+        assert_ne!(freed.recv().unwrap(), std::thread::current().id());
     }
 
     #[test]

@@ -5,12 +5,16 @@
 //! its model through a typed [`Slot`], an index into the snapshot that was taken when the stack was built. A
 //! program that embeds one layer with a fixed model has [`Slot::fixed`] and no snapshot at all.
 //!
+//! A generation that is replaced is freed on a thread of its own: thousands of routes take milliseconds to free, and the
+//! last to let go of them is most often a worker.
+//!
 //! Reading costs an index and a type check. The atomic swap is read once per request at the edge, from a copy that
 //! belongs to the worker ([`Pinned`]), so that workers do not share a reference count.
 
 use std::any::Any;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
@@ -23,11 +27,13 @@ pub(crate) type Model = Arc<dyn Any + Send + Sync>;
 pub struct Snapshot {
     generation: u64,
     models: Box<[Model]>,
+    /// Where the models are freed; `None` frees them where the last holder is.
+    grave: Option<Sender<Box<[Model]>>>,
 }
 
 impl Snapshot {
     pub(crate) fn new(generation: u64, models: Vec<Model>) -> Self {
-        Self { generation, models: models.into_boxed_slice() }
+        Self { generation, models: models.into_boxed_slice(), grave: None }
     }
 
     /// Counts up from 1 with each accepted configuration; 0 is the empty snapshot before the first.
@@ -56,6 +62,15 @@ impl Snapshot {
 
     pub(crate) fn models(&self) -> &[Model] {
         &self.models
+    }
+}
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        if let Some(grave) = self.grave.take() {
+            // What cannot be sent comes back in the error, and is freed here.
+            let _ = grave.send(std::mem::take(&mut self.models));
+        }
     }
 }
 
@@ -134,6 +149,7 @@ pub struct Snapshots {
 struct Shared {
     current: ArcSwap<Snapshot>,
     generation: watch::Sender<u64>,
+    grave: OnceLock<Option<Sender<Box<[Model]>>>>,
 }
 
 impl Snapshots {
@@ -144,6 +160,7 @@ impl Snapshots {
             shared: Arc::new(Shared {
                 current: ArcSwap::from_pointee(Snapshot::new(0, Vec::new())),
                 generation: watch::Sender::new(0),
+                grave: OnceLock::new(),
             }),
         }
     }
@@ -160,11 +177,24 @@ impl Snapshots {
         self.shared.generation.subscribe()
     }
 
+    /// The snapshot, set to be freed off the workers.
+    pub(crate) fn prepare(&self, mut snapshot: Snapshot) -> Arc<Snapshot> {
+        snapshot.grave = self.shared.grave.get_or_init(dig).clone();
+        Arc::new(snapshot)
+    }
+
     pub(crate) fn publish(&self, snapshot: Arc<Snapshot>) {
         let generation = snapshot.generation();
         self.shared.current.store(snapshot);
         self.shared.generation.send_replace(generation);
     }
+}
+
+/// A thread that frees what it is sent, and ends with the last sender.
+fn dig() -> Option<Sender<Box<[Model]>>> {
+    let (grave, dead) = channel();
+    let thread = std::thread::Builder::new().name("mesh-retired".to_owned());
+    thread.spawn(move || dead.into_iter().for_each(drop)).ok().map(|_| grave)
 }
 
 impl Default for Snapshots {

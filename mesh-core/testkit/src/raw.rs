@@ -3,9 +3,12 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+
+use crate::upstream::Recorder;
 
 /// What came back from one exchange.
 #[derive(Debug, Default)]
@@ -55,6 +58,51 @@ pub async fn exchange(peer: SocketAddr, bytes: &[u8], silence: Duration) -> Answ
             }
         }
     }
+}
+
+/// One GET on a connection of its own; status and body, without chunks.
+///
+/// # Panics
+/// When no connection can be made.
+pub async fn get(peer: SocketAddr, host: &str, path: &str) -> (u16, String) {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+    let answer = exchange(peer, request.as_bytes(), Duration::from_secs(5)).await;
+    let text = String::from_utf8_lossy(&answer.bytes).into_owned();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    let status = head.get(9..12).and_then(|status| status.parse().ok()).unwrap_or(0);
+    let body = if head.to_ascii_lowercase().contains("transfer-encoding: chunked") {
+        body.lines().filter(|line| usize::from_str_radix(line, 16).is_err()).collect()
+    } else {
+        body.to_owned()
+    };
+    (status, body)
+}
+
+/// The JSON that an admin endpoint answers with.
+///
+/// # Panics
+/// When it is none.
+pub async fn get_json(peer: SocketAddr, path: &str) -> Value {
+    let (status, body) = get(peer, "admin", path).await;
+    serde_json::from_str(&body).unwrap_or_else(|error| panic!("{path}: {status} {error}: {body}"))
+}
+
+/// Sends a message; how many requests came upstream and how many answers came back. A machine that is busy may be
+/// silent for longer than a moment, so what looks wrong is looked at again with patience.
+///
+/// # Panics
+/// When both framings of a message were forwarded.
+pub async fn counted(address: SocketAddr, upstream: &Recorder, message: &[u8]) -> (usize, usize) {
+    let mut counts = (0, 0);
+    for silence in [Duration::from_millis(25), Duration::from_millis(250), Duration::from_secs(2)] {
+        upstream.clear();
+        let answer = exchange(address, message, silence).await;
+        counts = (upstream.requests(), answer.statuses().len());
+        if counts.0 <= counts.1 {
+            break;
+        }
+    }
+    counts
 }
 
 /// The status and whole length of the response at the beginning of `bytes`, by content length or chunks; a body that

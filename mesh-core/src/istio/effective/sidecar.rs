@@ -105,9 +105,9 @@ pub fn allows(
 pub fn allows_some(sidecar: &Resource<Sidecar>, workload: &Workload, host: &str, namespace: &str) -> bool {
     let egress = &sidecar.spec.egress;
     egress.is_empty()
-        || egress.iter().any(|listener| {
-            EgressHosts::new(&listener.hosts, &workload.namespace).allows(host, namespace)
-        })
+        || egress
+            .iter()
+            .any(|listener| EgressHosts::new(&listener.hosts, &workload.namespace).allows(host, namespace))
 }
 
 #[cfg(test)]

@@ -1,0 +1,43 @@
+//! The proxies as processes of their own, so that their memory is theirs alone.
+
+use mesh_testkit::process::Process;
+use mesh_testkit::raw::get_json;
+use mesh_testkit::until;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+/// Starts this binary as `role`.
+pub(crate) fn start(role: &str, args: &[&str]) -> Process {
+    let own = std::env::current_exe().unwrap_or_else(|error| panic!("the path of this binary: {error}"));
+    let args: Vec<&str> = [role].into_iter().chain(args.iter().copied()).collect();
+    Process::start(&own.to_string_lossy(), &args)
+}
+
+/// Proportional memory of a process in KiB.
+pub(crate) fn pss_kib(process: &Process) -> u64 {
+    let path = format!("/proc/{}/smaps_rollup", process.id());
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    line.and_then(|line| line.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
+}
+
+/// Loads the files now and waits until a generation after `generation` is in force.
+pub(crate) async fn reload(process: &Process, generation: u64) {
+    process.signal("HUP");
+    let admin = process.address("admin");
+    until("the next generation", async || {
+        get_json(admin, "/ready").await["generation"].as_u64() > Some(generation)
+    })
+    .await;
+}
+
+/// A service `app` of these endpoints.
+pub(crate) fn service(endpoints: &[SocketAddr]) -> String {
+    let mut yaml = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: app}\nspec:\n  hosts: [app.default.svc.cluster.local]\n  location: MESH_INTERNAL\n  resolution: STATIC\n  ports: [{number: 80, name: http, protocol: HTTP}]\n  endpoints:\n".to_owned();
+    for endpoint in endpoints {
+        // Writing to a String cannot fail.
+        let _ = writeln!(yaml, "  - {{address: {}, ports: {{http: {}}}}}", endpoint.ip(), endpoint.port());
+    }
+    yaml.push_str("---\n");
+    yaml
+}
