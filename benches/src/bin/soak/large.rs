@@ -88,6 +88,6 @@ async fn probe(longest: Arc<AtomicU64>, on: Arc<AtomicBool>) {
 
 /// Nanoseconds that this thread has been on a core.
 fn on_core() -> u64 {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    text.split(' ').next().and_then(|field| field.parse().ok()).unwrap_or(0)
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
 }
