@@ -17,8 +17,8 @@ use crate::endpoint::{Endpoint, EndpointSet};
 use crate::pool::{h1, h2};
 use crate::runtime::ClusterRuntime;
 
-/// How often idle connections are looked through.
-const SWEEP: Duration = Duration::from_secs(5);
+/// How often idle connections are looked through: so long may one stay open after its endpoint is gone.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// The state of one worker's dispatching.
 #[derive(Debug)]
