@@ -33,6 +33,7 @@ pub struct Echo {
     /// Lets gated answers go on.
     pub gate: Arc<Semaphore>,
     requests: Arc<AtomicUsize>,
+    held: Arc<AtomicUsize>,
     seen: Arc<Mutex<BTreeMap<String, usize>>>,
     accepting: JoinHandle<()>,
 }
@@ -45,10 +46,15 @@ impl Echo {
     pub async fn start(name: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let addr = listener.local_addr().expect("an address");
-        let (gate, requests, seen) =
-            (Arc::new(Semaphore::new(0)), Arc::<AtomicUsize>::default(), Arc::default());
-        let state =
-            State { name, gate: Arc::clone(&gate), requests: Arc::clone(&requests), seen: Arc::clone(&seen) };
+        let (gate, seen) = (Arc::new(Semaphore::new(0)), Arc::default());
+        let (requests, held) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+        let state = State {
+            name,
+            gate: Arc::clone(&gate),
+            requests: Arc::clone(&requests),
+            held: Arc::clone(&held),
+            seen: Arc::clone(&seen),
+        };
         let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let state = state.clone();
@@ -74,13 +80,19 @@ impl Echo {
                 });
             }
         });
-        Self { addr, gate, requests, seen, accepting }
+        Self { addr, gate, requests, held, seen, accepting }
     }
 
     /// Requests that it has seen.
     #[must_use]
     pub fn requests(&self) -> usize {
         self.requests.load(Ordering::SeqCst)
+    }
+
+    /// Requests that wait at the gate now.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held.load(Ordering::SeqCst)
     }
 
     /// How often each value of `x-id` has been seen.
@@ -104,6 +116,7 @@ struct State {
     name: &'static str,
     gate: Arc<Semaphore>,
     requests: Arc<AtomicUsize>,
+    held: Arc<AtomicUsize>,
     seen: Arc<Mutex<BTreeMap<String, usize>>>,
 }
 
@@ -131,10 +144,12 @@ impl State {
         };
         saw["trailers"] = body.trailers().map_or(Value::Null, headers);
         saw["body_bytes"] = json!(body.to_bytes().len());
-        if path.starts_with("/gate")
-            && let Ok(permit) = self.gate.acquire().await
-        {
-            permit.forget();
+        if path.starts_with("/gate") {
+            self.held.fetch_add(1, Ordering::SeqCst);
+            if let Ok(permit) = self.gate.acquire().await {
+                permit.forget();
+            }
+            self.held.fetch_sub(1, Ordering::SeqCst);
         }
         let text = saw.to_string();
         let mut response = if path.starts_with("/slow") {

@@ -43,7 +43,8 @@ pub(crate) async fn run(reloads: u32) -> bool {
         tick.tick().await;
         dir.replace("mesh.yaml", &generation(number));
         reload(&sidecar, u64::from(number)).await;
-        if number == reloads / 10 {
+        // The pools have filled by then.
+        if number == reloads * 3 / 10 {
             before = pss_kib(&sidecar);
         }
         if number % 100 == 0 {
