@@ -4,6 +4,14 @@
 #![cfg(feature = "istio")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod connection_pool;
+mod cross_cutting;
+mod destination_rule;
+mod gateway;
+mod mesh_config;
+mod ports;
+mod service_entry;
+mod sidecar;
 mod support;
 mod virtual_service_action;
 mod virtual_service_delegate;

@@ -48,7 +48,8 @@ pub(super) fn route(out: &mut Findings, route: &HttpRoute, in_delegate: bool, fo
     if let Some(change) = &route.rewrite {
         out.within("rewrite", |out| rewrite(out, change));
         // A delegate may have its match from its root.
-        if !in_delegate && !matches!(change.uri.as_str(), "" | "/") && matches_any_path(&route.matches) {
+        let replaces = !matches!(change.uri.as_str(), "" | "/") && change.uri_regex_rewrite.is_none();
+        if replaces && !in_delegate && !route.route.is_empty() && matches_any_path(&route.matches) {
             out.warning(
                 "rewrite.uri",
                 "without a match of the uri this replaces the prefix \"/\", so \"/a\" on \"/b\" becomes \"/ab\"",

@@ -1,0 +1,194 @@
+//! Names, visibility, selection and age, wherever they decide: X-03 … X-07.
+
+use std::time::Duration;
+
+use crate::support::*;
+
+fn reviews_in(namespace: &str) -> String {
+    format!("outbound|80||reviews.{namespace}.svc.cluster.local")
+}
+
+#[test]
+fn x_03_short_names_take_the_namespace_of_the_rule() {
+    let services = service_in("default", "reviews", &[1]) + &service_in("other", "reviews", &[2]);
+    let rule = |namespace: &str| {
+        in_namespace(
+            namespace,
+            "VirtualService",
+            "v",
+            "{hosts: [reviews], http: [{name: v, route: [{destination: {host: reviews}}]}]}",
+        )
+    };
+    let it = compile(&(services.clone() + &rule("other")));
+    let (own, other) =
+        ("http://reviews.default.svc.cluster.local/", "http://reviews.other.svc.cluster.local/");
+    assert_eq!((it.route(own).as_deref(), it.route(other).as_deref()), (Some("default"), Some("v")));
+    assert_eq!(it.clusters(other), [reviews_in("other")], "and its destination");
+    let it = compile(&(services.clone() + &rule("default")));
+    assert_eq!((it.route(own).as_deref(), it.route(other).as_deref()), (Some("v"), Some("default")));
+    // A destination rule of the client's namespace names the client's service.
+    let policy = "{host: reviews, trafficPolicy: {connectionPool: {tcp: {connectTimeout: 1s}}}}";
+    for (namespace, touched, untouched) in [("default", "default", "other"), ("other", "other", "default")] {
+        let it = compile(&(services.clone() + &in_namespace(namespace, "DestinationRule", "d", policy)));
+        assert_eq!(it.spec(&reviews_in(touched)).pool.connect_timeout, Duration::from_secs(1));
+        assert_eq!(it.spec(&reviews_in(untouched)).pool.connect_timeout, Duration::from_secs(10));
+    }
+}
+
+#[test]
+fn x_04_export_to() {
+    for (kind, spec) in [
+        ("VirtualService", "hosts: [reviews], http: [{route: [{destination: {host: reviews}}]}]"),
+        ("DestinationRule", "host: reviews"),
+        ("ServiceEntry", "hosts: [a.b], ports: [{number: 80, name: http, protocol: HTTP}], resolution: DNS"),
+    ] {
+        let with = |export_to: &str| resource(kind, "r", &format!("{{{spec}, exportTo: {export_to}}}"));
+        for good in ["[]", "['*']", "['.']", "[a]", "[a, b]", "['.', a]"] {
+            accepted(&with(good));
+        }
+        refused(&with("['*', a]"), "spec.exportTo", "must stand alone");
+        refused(&with("['*', '.']"), "spec.exportTo", "must stand alone");
+        refused(&with("['.', default]"), "spec.exportTo[1]", "duplicate");
+        refused(&with("[a, a]"), "spec.exportTo[1]", "duplicate");
+        refused(&with("['a b']"), "spec.exportTo[0]", "not allowed");
+        if kind == "ServiceEntry" {
+            accepted(&with("['~']"));
+            refused(&with("['~', a]"), "spec.exportTo", "must stand alone");
+        } else {
+            refused(&with("['~']"), "spec.exportTo", "only allowed for a ServiceEntry");
+        }
+    }
+    // A Kubernetes service says it in an annotation.
+    let annotated = |export_to: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: a, namespace: default, annotations: {{networking.istio.io/exportTo: '{export_to}'}}}}\nspec: {{clusterIP: 10.0.0.1, ports: [{{name: http, port: 80}}]}}\n"
+        )
+    };
+    for (export_to, own, other) in [
+        ("*", true, true),
+        (".", true, false),
+        ("~", false, false),
+        ("other", false, true),
+        ("., other", true, true),
+    ] {
+        for (namespace, sees) in [("default", own), ("other", other)] {
+            let it = compile_for(&sidecar(namespace, &[]), &annotated(export_to));
+            let route = it.route("http://a.default.svc.cluster.local/");
+            assert_eq!(route.as_deref() == Some("default"), sees, "{export_to} {namespace}");
+        }
+    }
+}
+
+#[test]
+fn x_05_the_scope_of_a_selector() {
+    let policy = |namespace: &str, name: &str, selector: &str, mode: &str| {
+        let spec = format!("{{{selector}outboundTrafficPolicy: {{mode: {mode}}}}}");
+        in_namespace(namespace, "Sidecar", name, &spec)
+    };
+    let unknown = |namespace: &str, labels: &[(&str, &str)], yaml: &str| {
+        let it = compile_for(&sidecar(namespace, labels), yaml);
+        it.clusters("http://nobody.example.com/").remove(0) == "BlackHoleCluster"
+    };
+    let web: &[(&str, &str)] = &[("app", "web")];
+    let mesh = policy("istio-system", "mesh", "", "REGISTRY_ONLY");
+    assert!(unknown("default", &[], &mesh) && unknown("other", web, &mesh), "the mesh");
+    let own = mesh.clone() + &policy("default", "all", "", "ALLOW_ANY");
+    assert!(!unknown("default", web, &own) && unknown("other", web, &own), "the namespace");
+    let selecting =
+        own + &policy("default", "web", "workloadSelector: {labels: {app: web}}, ", "REGISTRY_ONLY");
+    assert!(unknown("default", web, &selecting) && !unknown("default", &[], &selecting), "the workload");
+    // The selector of a Gateway is for all namespaces (GW-03); those of the networking kinds are refused alike.
+    let with = |labels: &str| {
+        policy("default", "s", &format!("workloadSelector: {{labels: {labels}}}, "), "ALLOW_ANY")
+    };
+    for (labels, key) in [("{'': a}", "[\"\"]"), ("{app: '*'}", ".app"), ("{'a*': b}", "[\"a*\"]")] {
+        refused(&with(labels), &format!("spec.workloadSelector.labels{key}"), "");
+    }
+    warned(&with("{}"), "spec.workloadSelector.labels", "no labels");
+}
+
+#[test]
+fn x_06_hosts() {
+    let rule = |name: &str, host: &str| {
+        resource(
+            "VirtualService",
+            name,
+            &format!(
+                "{{hosts: ['{host}'], gateways: [mesh, edge], http: [{{name: {name}, route: [{{destination: {{host: reviews}}}}]}}]}}"
+            ),
+        )
+    };
+    let edge = resource(
+        "Gateway",
+        "edge",
+        "{selector: {istio: ingressgateway}, servers: [{port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']}]}",
+    );
+    let any = resource(
+        "VirtualService",
+        "any",
+        "{hosts: ['*'], gateways: [edge], http: [{name: any, route: [{destination: {host: reviews}}]}]}",
+    );
+    let yaml = service_in("default", "reviews", &[1])
+        + &edge
+        + &rule("short", "*.foo.com")
+        + &rule("long", "*.bar.foo.com")
+        + &rule("exact", "a.bar.foo.com")
+        + &any;
+    for (it, otherwise) in [(compile(&yaml), "allow_any"), (compile_gateway(&yaml), "any")] {
+        for (authority, expected) in [
+            ("a.bar.foo.com", "exact"),
+            ("A.Bar.FOO.com", "exact"),
+            ("a.bar.foo.com:80", "exact"),
+            ("b.bar.foo.com", "long"),
+            ("c.b.bar.foo.com", "long"),
+            ("bar.foo.com", "short"),
+            ("x.foo.com", "short"),
+            ("foo.com", otherwise),
+            ("xfoo.com", otherwise),
+            ("elsewhere.example.com", otherwise),
+        ] {
+            let route = it.route(&format!("http://{authority}/"));
+            assert_eq!(route.as_deref(), Some(expected), "{authority}");
+        }
+    }
+    let it = compile_gateway(&yaml);
+    assert_eq!(it.route("http://a.bar.foo.com:12345/").as_deref(), Some("exact"), "the port says nothing");
+}
+
+#[test]
+fn x_07_the_oldest_wins_and_without_age_the_first() {
+    let rule = |name: &str, created: Option<&str>| {
+        aged(
+            "default",
+            "VirtualService",
+            name,
+            created,
+            &format!(
+                "{{hosts: [reviews], http: [{{name: {name}, route: [{{destination: {{host: reviews}}}}]}}]}}"
+            ),
+        )
+    };
+    let (old, young) = (Some("2026-01-01T00:00:00Z"), Some("2026-02-01T00:00:00Z"));
+    for (rules, winner) in [
+        (rule("a", young) + &rule("b", old), "b"),
+        (rule("a", old) + &rule("b", young), "a"),
+        (rule("b", None) + &rule("a", None), "b"),
+        (rule("b", old) + &rule("a", old), "b"),
+    ] {
+        let it = compile(&(service_in("default", "reviews", &[1]) + &rules));
+        assert_eq!(it.route("http://reviews/").as_deref(), Some(winner), "{rules}");
+    }
+    let policy = |name: &str, created: Option<&str>, seconds: u32| {
+        let spec = format!(
+            "{{host: reviews, trafficPolicy: {{connectionPool: {{tcp: {{connectTimeout: {seconds}s}}}}}}}}"
+        );
+        aged("default", "DestinationRule", name, created, &spec)
+    };
+    for (rules, winner) in
+        [(policy("a", young, 1) + &policy("b", old, 2), 2), (policy("b", None, 1) + &policy("a", None, 2), 1)]
+    {
+        let it = compile(&(service_in("default", "reviews", &[1]) + &rules));
+        let timeout = it.spec(&reviews_in("default")).pool.connect_timeout;
+        assert_eq!(timeout, Duration::from_secs(winner), "{rules}");
+    }
+}
