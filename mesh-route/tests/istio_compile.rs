@@ -119,23 +119,6 @@ fn every_name_of_a_service_leads_to_it() {
 }
 
 #[test]
-fn sc_02_registry_only_leads_into_the_black_hole() {
-    let table = compile(
-        "apiVersion: networking.istio.io/v1\nkind: Sidecar\nmetadata: {name: s, namespace: default}\nspec: {outboundTrafficPolicy: {mode: REGISTRY_ONLY}}\n",
-    );
-    assert_eq!(clusters(&ask(&table, "http://nobody/")), [(0, "BlackHoleCluster".to_owned())]);
-}
-
-#[test]
-fn sc_01_a_sidecar_imports_only_what_it_names() {
-    let table = compile(
-        "apiVersion: networking.istio.io/v1\nkind: Sidecar\nmetadata: {name: s, namespace: default}\nspec: {egress: [{hosts: ['./*']}]}\n",
-    );
-    assert_eq!(clusters(&ask(&table, "http://web.other/")), [(0, "PassthroughCluster".to_owned())]);
-    assert!(clusters(&ask(&table, "http://reviews/"))[0].1.contains("reviews"));
-}
-
-#[test]
 fn a_split_is_explained_rule_by_rule() {
     let table = compile(
         "
@@ -165,51 +148,6 @@ spec:
     assert_eq!(explanation.passed_over.len(), 1);
     assert_eq!(explanation.passed_over[0].unmet.predicate, r#"header end-user exact "jason""#);
     assert_eq!(explanation.passed_over[0].unmet.seen, None);
-}
-
-#[test]
-fn gw_02_hosts_and_merged_virtual_services() {
-    let (table, diags) = compile_for(
-        Role::Gateway,
-        "
-apiVersion: networking.istio.io/v1
-kind: Gateway
-metadata: {name: edge, namespace: default}
-spec:
-  selector: {istio: ingressgateway}
-  servers:
-  - {port: {number: 80, name: http, protocol: HTTP}, hosts: ['*.example.com', 'other/only.other']}
-  - {port: {number: 81, name: redirect, protocol: HTTP}, hosts: ['*'], tls: {httpsRedirect: true}}
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: all, namespace: default, creationTimestamp: '2026-01-01T00:00:00Z'}
-spec:
-  hosts: [a.example.com, example.com, only.other]
-  gateways: [edge]
-  http: [{name: all, route: [{destination: {host: reviews}}]}]
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: api, namespace: default, creationTimestamp: '2026-02-01T00:00:00Z'}
-spec:
-  hosts: [a.example.com]
-  gateways: [default/edge]
-  http: [{name: api, match: [{uri: {prefix: /api}}], route: [{destination: {host: web.other.svc.cluster.local, port: {number: 80}}}]}]
-",
-    );
-    let mut conn = ConnInfo::unknown(Direction::Gateway);
-    conn.port = 80;
-    let name = |url: &str| ask_on(&table, url, &conn).route.map(|route| route.name().to_owned());
-    assert_eq!(name("http://a.example.com/api/x").as_deref(), Some("api"), "{diags}");
-    assert_eq!(name("http://a.example.com:12345/").as_deref(), Some("all"));
-    assert_eq!(name("http://example.com/"), None, "a wildcard does not cover its parent");
-    assert_eq!(name("http://only.other/"), None, "bound for another namespace");
-    conn.port = 81;
-    match ask_on(&table, "http://x.y/z?q", &conn).decision {
-        Decision::Redirect { status: 301, location } => assert_eq!(location, "https://x.y/z?q"),
-        other => panic!("{other:?}"),
-    }
 }
 
 #[test]
