@@ -156,6 +156,49 @@ fn x_06_hosts() {
 }
 
 #[test]
+fn x_06_wildcards_of_rules_and_services() {
+    let rule = |name: &str, host: &str| {
+        resource(
+            "VirtualService",
+            name,
+            &format!(
+                "{{hosts: ['{host}'], http: [{{name: {name}, route: [{{destination: {{host: reviews}}}}]}}]}}"
+            ),
+        )
+    };
+    let service = |name: &str, host: &str| {
+        resource(
+            "ServiceEntry",
+            name,
+            &format!("{{hosts: ['{host}'], ports: [{{number: 80, name: http, protocol: HTTP}}]}}"),
+        )
+    };
+    let it = compile(
+        &(service_in("default", "reviews", &[1])
+            + &service_in("other", "ratings", &[2])
+            + &service("wide", "*.example.com")
+            + &service("narrow", "*.narrow.example.com")
+            + &service("api", "api.narrow.example.com")
+            + &rule("all", "*.cluster.local")
+            + &rule("own", "*.default.svc.cluster.local")
+            + &rule("far", "*.narrow.example.com")),
+    );
+    for (authority, expected) in [
+        ("reviews.default.svc.cluster.local", "own"),
+        ("reviews", "own"),
+        ("ratings.other.svc.cluster.local", "all"),
+        ("api.narrow.example.com", "far"),
+        ("x.narrow.example.com", "far"),
+        ("narrow.example.com", "default"),
+        ("a.b.example.com", "default"),
+        ("example.com", "allow_any"),
+    ] {
+        assert_eq!(it.route(&format!("http://{authority}/")).as_deref(), Some(expected), "{authority}");
+    }
+    assert_eq!(it.clusters("http://a.b.example.com/"), ["outbound|80||*.example.com"]);
+}
+
+#[test]
 fn x_07_the_oldest_wins_and_without_age_the_first() {
     let rule = |name: &str, created: Option<&str>| {
         aged(
