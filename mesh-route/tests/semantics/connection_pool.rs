@@ -106,7 +106,7 @@ async fn overflows_at(pool: &str, in_flight: usize, queued: u32) {
     assert_eq!(runtime.overflows(), 1);
     echo.gate.add_permits(held.len());
     for held in held {
-        assert_eq!(held.await.unwrap(), 200, "{pool}");
+        assert_eq!(ended(held).await, 200, "{pool}");
     }
     assert_eq!(send(&client, get("http://reviews/")).await.status, 200, "{pool}: and then there is room");
 }

@@ -322,7 +322,7 @@ async fn dr_lb01_least_request_prefers_the_idle_endpoint() {
     assert!(to_loaded <= 16, "{to_loaded} of 40 went to the loaded endpoint");
     one.gate.add_permits(1);
     two.gate.add_permits(1);
-    assert_eq!(held.await.unwrap(), loaded);
+    assert_eq!(ended(held).await, loaded);
 }
 
 #[tokio::test]

@@ -298,6 +298,12 @@ pub(crate) fn to_original(mut request: Request<Body>, addr: std::net::SocketAddr
     request
 }
 
+/// What a spawned exchange comes to, with a bound.
+pub(crate) async fn ended<T>(exchange: tokio::task::JoinHandle<T>) -> T {
+    let bounded = tokio::time::timeout(Duration::from_secs(10), exchange).await;
+    bounded.expect("the exchange ends within ten seconds").unwrap()
+}
+
 /// Waits for a condition on observable state, with a bound.
 pub(crate) async fn until(condition: impl Fn() -> bool) {
     let bounded = tokio::time::timeout(Duration::from_secs(10), async {

@@ -215,7 +215,7 @@ async fn vs_t01_timeout() {
     tokio::time::resume();
     assert!(!sent.is_finished());
     echo.gate.add_permits(1);
-    assert_eq!(sent.await.unwrap(), 200);
+    assert_eq!(ended(sent).await, 200);
     // On expiry 504 UT, not a moment before.
     let sent = tokio::spawn({
         let client = client.clone();
@@ -227,7 +227,7 @@ async fn vs_t01_timeout() {
     assert!(!sent.is_finished());
     tokio::time::advance(Duration::from_secs(101)).await;
     tokio::time::resume();
-    assert_eq!(sent.await.unwrap(), "504 UT response_timeout");
+    assert_eq!(ended(sent).await, "504 UT response_timeout");
     // It covers the body of the response.
     let response = client.clone().oneshot(get("http://reviews/slow")).await.unwrap();
     assert_eq!(response.status(), 200);
@@ -248,7 +248,7 @@ async fn vs_t01_timeout() {
     tokio::time::resume();
     assert!(!sent.is_finished());
     drop(sender);
-    assert_eq!(sent.await.unwrap(), 200);
+    assert_eq!(ended(sent).await, 200);
 }
 
 #[tokio::test]
@@ -293,10 +293,10 @@ async fn vs_t01_grpc_timeout_is_honoured_and_capped_by_the_timeout() {
         tokio::time::advance(Duration::from_secs(1)).await;
         tokio::time::resume();
         match seconds {
-            Some(_) => assert_eq!(sent.await.unwrap(), Err("UT".to_owned()), "{what}"),
+            Some(_) => assert_eq!(ended(sent).await, Err("UT".to_owned()), "{what}"),
             None => {
                 echo.gate.add_permits(1);
-                assert_eq!(sent.await.unwrap(), Ok(()), "{what}");
+                assert_eq!(ended(sent).await, Ok(()), "{what}");
             }
         }
     }
