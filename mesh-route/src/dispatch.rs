@@ -19,7 +19,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::header::{CONNECTION, HOST, UPGRADE};
-use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body as _;
@@ -121,15 +120,17 @@ async fn run(shard: Arc<Shard>, mut request: Request<Body>) -> Result<Response<B
     match &route.action().kind {
         ActionKind::Redirect(redirect) => redirect.respond(&RequestView::new(&request, cx.conn()), &cx),
         ActionKind::DirectResponse(direct) => Ok(direct.respond(&cx)),
-        ActionKind::Forward(to) => forward(&shard, to, &cx, request).await,
+        ActionKind::Forward(to) => forward(&shard, to, &cx, &mut request).await,
     }
 }
 
+/// The request stays where it is and is passed by reference until it is sent: what an async function takes by value
+/// lies in its future once more, and futures are copied.
 async fn forward(
     shard: &Arc<Shard>,
     forward: &Forward,
     cx: &RequestContext,
-    mut request: Request<Body>,
+    request: &mut Request<Body>,
 ) -> Result<Response<Body>, Error> {
     let destination = forward.destinations.pick(&mut shard.lock().rng);
     cx.set_upstream(UpstreamInfo::new(destination.name.shared()));
@@ -145,28 +146,41 @@ async fn forward(
         return Err(local_reply(StatusCode::BAD_GATEWAY, ResponseFlags::NONE, "direct_response"));
     }
     let version = request.version();
-    let on_upgrade = take_upgrade(&mut request);
-    if !destination.request_headers.is_empty() {
-        destination.request_headers.apply_to_request(&mut request, cx);
-    }
-    let (mut parts, body) = request.into_parts();
-    forward.rewrite.apply_path(&mut parts)?;
-    if let Some(authority) = forward.rewrite.authority.as_ref().or(destination.authority.as_ref()) {
-        set_authority(&mut parts, authority.clone());
-    }
+    let on_upgrade = take_upgrade(request);
+    edit(request, forward, destination, cx)?;
     let permit = Permit::acquire(runtime, |runtime| &runtime.requests, cluster.spec().pool.max_requests)
         .ok_or_else(|| overflow(runtime))?;
+    let deadline = timeout::of(forward.timeout, request.headers()).map(|timeout| {
+        let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
+        *request.body_mut() = body;
+        deadline
+    });
 
     let attempt = Attempt { shard, cx, cluster, runtime, version, upgrade: on_upgrade.is_some() };
-    let mut response = match timeout::of(forward.timeout, &parts.headers) {
-        None => attempt.run(Request::from_parts(parts, body), permit, on_upgrade).await,
-        Some(timeout) => {
-            let (deadline, body) = Deadline::new(timeout, body);
-            deadline.bound(attempt.run(Request::from_parts(parts, body), permit, on_upgrade)).await
-        }
+    let exchange = std::pin::pin!(attempt.run(request, permit, on_upgrade));
+    let mut response = match deadline {
+        None => exchange.await,
+        Some(deadline) => deadline.bound(exchange).await,
     };
     apply_response_headers(destination, cx, version, &mut response);
     response
+}
+
+/// The destination's header operations, then the rewrite.
+fn edit(
+    request: &mut Request<Body>,
+    forward: &Forward,
+    destination: &Destination,
+    cx: &RequestContext,
+) -> Result<(), Error> {
+    if !destination.request_headers.is_empty() {
+        destination.request_headers.apply_to_request(request, cx);
+    }
+    forward.rewrite.apply_path(request)?;
+    if let Some(authority) = forward.rewrite.authority.as_ref().or(destination.authority.as_ref()) {
+        set_authority(request, authority.clone());
+    }
+    Ok(())
 }
 
 /// Where one request goes and for whom.
@@ -187,7 +201,7 @@ enum Lease {
 impl Attempt<'_> {
     async fn run(
         &self,
-        mut request: Request<Body>,
+        request: &mut Request<Body>,
         permit: Permit,
         on_upgrade: Option<OnUpgrade>,
     ) -> Result<Response<Body>, Error> {
@@ -196,22 +210,30 @@ impl Attempt<'_> {
             request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from_static("1"));
         }
         let http2 = !self.upgrade && self.speaks_http2();
-        prepare(&mut request, http2, self.cx)?;
+        prepare(request, http2, self.cx)?;
         let mut tries = 0;
         let (lease, in_flight, response) = loop {
             tries += 1;
             let endpoint = self.pick()?;
             let in_flight = endpoint.start_request();
-            let mut lease = self.lease(&endpoint, http2).await.inspect_err(|error| {
-                if let Some(source) = std::error::Error::source(error) {
-                    self.cx.set_transport_failure(source.to_string());
-                }
-            })?;
+            let mut lease = match self.open(&endpoint, http2) {
+                Some(lease) => lease,
+                // Boxed: a connection costs more than a box, and the future of every request would hold its making.
+                None => Box::pin(self.lease(&endpoint, http2)).await?,
+            };
             self.note(&endpoint, &mut lease);
-            match lease.send(request).await {
+            let taken = std::mem::take(request);
+            let sent = match &mut lease {
+                Lease::Http1(lease) => lease.send(taken).await,
+                Lease::Http2(lease) => lease.send(taken).await,
+            };
+            match sent {
                 Ok(response) => break (lease, in_flight, response),
-                Err((Some(unsent), _)) if tries < UNSENT_TRIES => request = unsent,
-                Err((_, error)) => return Err(error),
+                // Provably not written.
+                Err(mut failed) => match failed.take_message() {
+                    Some(unsent) if tries < UNSENT_TRIES => *request = unsent,
+                    _ => return Err(exchange_error(failed.into_error())),
+                },
             }
         };
         self.respond(
@@ -254,12 +276,26 @@ impl Attempt<'_> {
         })
     }
 
+    /// What is open already, if it has room.
+    fn open(&self, endpoint: &Endpoint, http2: bool) -> Option<Lease> {
+        if http2 {
+            h2::Lease::idle(self.shard, endpoint).map(Lease::Http2)
+        } else {
+            h1::Lease::idle(self.shard, endpoint).map(Lease::Http1)
+        }
+    }
+
     async fn lease(&self, endpoint: &Arc<Endpoint>, http2: bool) -> Result<Lease, Error> {
         let spec = self.cluster.spec();
-        Ok(if http2 {
-            Lease::Http2(h2::Lease::acquire(self.shard, self.runtime, spec, endpoint).await?)
+        let leased = if http2 {
+            h2::Lease::acquire(self.shard, self.runtime, spec, endpoint).await.map(Lease::Http2)
         } else {
-            Lease::Http1(h1::Lease::acquire(self.shard, self.runtime, spec, endpoint).await?)
+            h1::Lease::acquire(self.shard, self.runtime, spec, endpoint).await.map(Lease::Http1)
+        };
+        leased.inspect_err(|error| {
+            if let Some(source) = std::error::Error::source(error) {
+                self.cx.set_transport_failure(source.to_string());
+            }
         })
     }
 
@@ -305,27 +341,6 @@ impl Attempt<'_> {
                 body.with_hook(books)
             }
         }))
-    }
-}
-
-impl Lease {
-    /// Sends the request. A request that was provably not written comes back with the error.
-    async fn send(
-        &mut self,
-        request: Request<Body>,
-    ) -> Result<Response<Incoming>, (Option<Request<Body>>, Error)> {
-        let result = match self {
-            Self::Http1(lease) => {
-                let meta = lease.meta();
-                meta.served = meta.served.saturating_add(1);
-                lease.sender().try_send_request(request).await
-            }
-            Self::Http2(lease) => lease.sender().try_send_request(request).await,
-        };
-        result.map_err(|mut failed| {
-            let unsent = failed.take_message();
-            (unsent, exchange_error(failed.into_error()))
-        })
     }
 }
 
@@ -430,12 +445,12 @@ fn prepare(request: &mut Request<Body>, http2: bool, cx: &RequestContext) -> Res
 }
 
 /// Replaces the authority where the request has it.
-fn set_authority(parts: &mut Parts, authority: HeaderValue) {
-    if parts.uri.authority().is_some() {
-        let path = parts.uri.path_and_query().cloned();
-        parts.uri = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
+fn set_authority(request: &mut Request<Body>, authority: HeaderValue) {
+    if request.uri().authority().is_some() {
+        let path = request.uri().path_and_query().cloned();
+        *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
     }
-    parts.headers.insert(HOST, authority);
+    request.headers_mut().insert(HOST, authority);
 }
 
 fn apply_response_headers(

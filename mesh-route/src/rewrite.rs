@@ -1,8 +1,7 @@
 //! Rewriting path and authority before a request is forwarded (VS-W01, VS-W02, VS-W03).
 
-use http::request::Parts;
 use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, StatusCode, Uri};
+use http::{HeaderName, HeaderValue, Request, StatusCode, Uri};
 use mesh_core::{Error, ResponseFlags};
 use regex::Regex;
 
@@ -86,8 +85,8 @@ impl Rewrite {
     ///
     /// # Errors
     /// 500 when the result is no path.
-    pub fn apply_path(&self, parts: &mut Parts) -> Result<(), Error> {
-        let path = match parts.uri.path() {
+    pub fn apply_path<B>(&self, request: &mut Request<B>) -> Result<(), Error> {
+        let path = match request.uri().path() {
             "" => "/",
             path => path,
         };
@@ -109,17 +108,17 @@ impl Rewrite {
         if !target.starts_with('/') {
             target.insert(0, '/');
         }
-        if let Some(query) = parts.uri.query() {
+        if let Some(query) = request.uri().query() {
             target.push(if target.contains('?') { '&' } else { '?' });
             target.push_str(query);
         }
-        let original = parts.uri.path_and_query().map_or("/", PathAndQuery::as_str);
+        let original = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
         if let Ok(original) = HeaderValue::from_str(original) {
-            parts.headers.insert(ORIGINAL_PATH, original);
+            request.headers_mut().insert(ORIGINAL_PATH, original);
         }
-        let mut uri = std::mem::take(&mut parts.uri).into_parts();
+        let mut uri = std::mem::take(request.uri_mut()).into_parts();
         uri.path_and_query = Some(PathAndQuery::try_from(target).map_err(invalid)?);
-        parts.uri = Uri::from_parts(uri).map_err(invalid)?;
+        *request.uri_mut() = Uri::from_parts(uri).map_err(invalid)?;
         Ok(())
     }
 }
@@ -131,15 +130,13 @@ fn invalid(error: impl Into<mesh_core::BoxError>) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use http::Request;
-
     use super::*;
 
     fn rewritten(path: PathRewrite, uri: &str) -> (String, Option<String>) {
-        let (mut parts, ()) = Request::get(uri).body(()).unwrap().into_parts();
-        Rewrite { path, authority: None }.apply_path(&mut parts).unwrap();
-        let original = parts.headers.get(ORIGINAL_PATH).map(|value| value.to_str().unwrap().to_owned());
-        (parts.uri.to_string(), original)
+        let mut request = Request::get(uri).body(()).unwrap();
+        Rewrite { path, authority: None }.apply_path(&mut request).unwrap();
+        let original = request.headers().get(ORIGINAL_PATH).map(|value| value.to_str().unwrap().to_owned());
+        (request.uri().to_string(), original)
     }
 
     #[test]

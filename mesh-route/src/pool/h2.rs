@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use hyper::client::conn::http2;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::{TrySendError, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_core::{Body, ConnectTarget, Error};
 use pin_project::pin_project;
@@ -183,9 +185,12 @@ impl Lease {
         Ok(())
     }
 
-    /// hyper's handle.
-    pub(crate) fn sender(&mut self) -> &mut http2::SendRequest<Body> {
-        &mut self.sender
+    /// Sends the request, now; the future is that of its response.
+    pub(crate) fn send(
+        &mut self,
+        request: Request<Body>,
+    ) -> impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Body>>>> + use<> {
+        self.sender.try_send_request(request)
     }
 
     /// Our end of the connection.
