@@ -85,6 +85,14 @@ impl Process {
         self.child.id()
     }
 
+    /// Its memory in KiB: proportional, as the kernel accounts for it; 0 when it cannot be read.
+    #[must_use]
+    pub fn pss_kib(&self) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.id())).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+        line.and_then(|line| line.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
+    }
+
     /// What it wrote to its standard error so far.
     ///
     /// # Panics

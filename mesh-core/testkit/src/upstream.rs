@@ -269,8 +269,15 @@ fn headers(headers: &HeaderMap) -> Value {
 pub struct Recorder {
     /// Where it listens.
     pub addr: SocketAddr,
-    connections: Arc<Mutex<Vec<Vec<u8>>>>,
+    connections: Arc<Mutex<Vec<Recorded>>>,
     accepting: JoinHandle<()>,
+}
+
+/// What one connection brought.
+#[derive(Debug, Default)]
+struct Recorded {
+    bytes: Vec<u8>,
+    answered: usize,
 }
 
 impl Recorder {
@@ -281,7 +288,7 @@ impl Recorder {
     pub async fn start(answer: &[u8], close: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let addr = listener.local_addr().expect("an address");
-        let connections: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
+        let connections: Arc<Mutex<Vec<Recorded>>> = Arc::default();
         let record = Arc::clone(&connections);
         let answer: Arc<[u8]> = answer.into();
         let accepting = tokio::spawn(async move {
@@ -289,20 +296,20 @@ impl Recorder {
                 let (record, answer) = (Arc::clone(&record), Arc::clone(&answer));
                 let at = {
                     let mut all = record.lock().expect("not poisoned");
-                    all.push(Vec::new());
+                    all.push(Recorded::default());
                     all.len() - 1
                 };
                 tokio::spawn(async move {
                     let mut buffer = vec![0_u8; 16384];
-                    let mut answered = 0;
                     while let Ok(read @ 1..) = stream.read(&mut buffer).await {
-                        let heads = {
+                        let due = {
                             let mut all = record.lock().expect("not poisoned");
-                            all[at].extend_from_slice(&buffer[..read]);
-                            requests(&all[at])
+                            let recorded = &mut all[at];
+                            recorded.bytes.extend_from_slice(&buffer[..read]);
+                            let whole = requests(&recorded.bytes);
+                            whole - std::mem::replace(&mut recorded.answered, whole)
                         };
-                        while answered < heads {
-                            answered += 1;
+                        for _ in 0..due {
                             if stream.write_all(&answer).await.is_err() || close {
                                 return;
                             }
@@ -320,7 +327,7 @@ impl Recorder {
     /// Never, but for a panic elsewhere.
     #[must_use]
     pub fn connections(&self) -> Vec<Vec<u8>> {
-        self.connections.lock().expect("not poisoned").clone()
+        self.connections.lock().expect("not poisoned").iter().map(|recorded| recorded.bytes.clone()).collect()
     }
 
     /// How many requests have come, as a strict reader counts them.
@@ -334,8 +341,8 @@ impl Recorder {
     /// # Panics
     /// Never, but for a panic elsewhere.
     pub fn clear(&self) {
-        for bytes in self.connections.lock().expect("not poisoned").iter_mut() {
-            bytes.clear();
+        for recorded in self.connections.lock().expect("not poisoned").iter_mut() {
+            *recorded = Recorded::default();
         }
     }
 }

@@ -13,14 +13,6 @@ pub(crate) fn start(role: &str, args: &[&str]) -> Process {
     Process::start(&own.to_string_lossy(), &args)
 }
 
-/// Proportional memory of a process in KiB.
-pub(crate) fn pss_kib(process: &Process) -> u64 {
-    let path = format!("/proc/{}/smaps_rollup", process.id());
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
-    line.and_then(|line| line.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
-}
-
 /// Loads the files now and waits until a generation after `generation` is in force.
 pub(crate) async fn reload(process: &Process, generation: u64) {
     process.signal("HUP");

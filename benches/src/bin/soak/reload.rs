@@ -6,7 +6,7 @@ use mesh_testkit::ledger::Load;
 use mesh_testkit::process::ConfigDir;
 use mesh_testkit::upstream::Echo;
 
-use crate::proxy::{pss_kib, reload, service, start};
+use crate::proxy::{reload, service, start};
 
 /// Requests per second.
 const RATE: u32 = 1000;
@@ -45,13 +45,13 @@ pub(crate) async fn run(reloads: u32) -> bool {
         reload(&sidecar, u64::from(number)).await;
         // The pools have filled by then.
         if number == reloads * 3 / 10 {
-            before = pss_kib(&sidecar);
+            before = sidecar.pss_kib();
         }
         if number % 100 == 0 {
-            println!("c1: {number} reloads, {} requests, {} KiB", load.done(), pss_kib(&sidecar));
+            println!("c1: {number} reloads, {} requests, {} KiB", load.done(), sidecar.pss_kib());
         }
     }
-    let after = pss_kib(&sidecar);
+    let after = sidecar.pss_kib();
     let mut totals = load.stop().await;
     let twice = app.seen().values().filter(|count| **count > 2).count();
     println!(
