@@ -7,6 +7,8 @@ use std::sync::Arc;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use http::Request;
 use mesh_benches::table;
+use mesh_core::config::{Compile, CompileContext, Compiler, Rejected, Role};
+use mesh_core::diagnostics::Diagnostics;
 use mesh_core::matcher::StringMatcher;
 use mesh_core::{
     Body, ClusterName, ConnInfo, Direction, EdgeSettings, Error, LocalReplyLayer, NormalizeLayer,
@@ -83,9 +85,25 @@ fn choices(c: &mut Criterion) {
     }
     let snapshots = Snapshots::new();
     c.bench_function("config_read_load_full", |b| b.iter(|| snapshots.load().generation()));
+    let mut compiler = Compiler::<()>::new(CompileContext::new(Role::Sidecar));
+    compiler.register::<Nothing>();
+    c.bench_function("config_swap", |b| b.iter(|| compiler.apply(&(), Diagnostics::default()).generation));
     c.bench_function("normalize_a_normal_path", |b| {
         b.iter(|| PathNormalization::Base.apply(black_box("/api/v1/items")).len());
     });
+}
+
+/// A model that costs nothing to compile, so that publishing it is what is measured.
+struct Nothing;
+
+impl Compile<()> for Nothing {
+    fn compile((): &(), _: &CompileContext, _: &mut Diagnostics) -> Result<Self, Rejected> {
+        Ok(Self)
+    }
+
+    fn closed(_: &CompileContext) -> Self {
+        Self
+    }
 }
 
 fn stack(c: &mut Criterion) {

@@ -19,7 +19,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Body as HttpBody;
 use pin_project::pin_project;
 use tower_layer::Layer;
@@ -92,11 +92,12 @@ where
     fn call(&mut self, mut request: Request<B>) -> ResponseFuture<S::Future> {
         let context = RequestContext::ensure(request.extensions_mut(), self.direction);
         context.set_grpc(is_grpc(request.headers()));
+        let head = *request.method() == Method::HEAD;
         let state = match self.unready.take() {
             Some(error) => State::Unready(Some(error)),
             None => State::Running(self.inner.call(request)),
         };
-        ResponseFuture { state, context }
+        ResponseFuture { state, context, head }
     }
 }
 
@@ -107,6 +108,8 @@ pub struct ResponseFuture<F> {
     #[pin]
     state: State<F>,
     context: RequestContext,
+    /// Whether the request is HEAD, to which no answer has a body.
+    head: bool,
 }
 
 #[pin_project(project = StateProj)]
@@ -132,12 +135,30 @@ where
                 error.take().unwrap_or_else(|| Error::internal("polled after it was done"))
             }
             StateProj::Running(inner) => match ready!(inner.poll(cx)) {
-                Ok(response) => return Poll::Ready(Ok(response.map(Body::new))),
+                Ok(response) => {
+                    let response = response.map(Body::new);
+                    return Poll::Ready(Ok(if *this.head { without_body(response) } else { response }));
+                }
                 Err(error) => error.into(),
             },
         };
-        Poll::Ready(Ok(reply(this.context, error)))
+        let reply = reply(this.context, error);
+        Poll::Ready(Ok(if *this.head { without_body(reply) } else { reply }))
     }
+}
+
+/// What answers HEAD: the head of the answer to GET, with the length of the body that it does not have. Over HTTP/1.1
+/// hyper would leave the body out; over HTTP/2 it would send it, and the client would have to reset the stream.
+fn without_body(mut response: Response<Body>) -> Response<Body> {
+    if response.body().is_end_stream() {
+        return response;
+    }
+    if let Some(length) = response.body().size_hint().exact()
+        && !response.headers().contains_key(CONTENT_LENGTH)
+    {
+        response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    response.map(|_| Body::empty())
 }
 
 /// Makes the reply that `error` asks for, and writes its flags and details into `context`.
@@ -234,6 +255,29 @@ mod tests {
         }
         let context = RequestContext::ensure(request.extensions_mut(), Direction::Inbound);
         (service.oneshot(request).await.unwrap(), context)
+    }
+
+    #[tokio::test]
+    async fn bug_an_answer_to_head_had_a_body() {
+        let answer = |fails: bool| {
+            LocalReplyLayer::new(Direction::Inbound).layer(tower::service_fn(
+                move |_: Request<()>| async move {
+                    if fails {
+                        let error =
+                            Error::local_reply(StatusCode::NOT_FOUND, ResponseFlags::NO_ROUTE_FOUND, "x");
+                        return Err(error.with_body("nothing here"));
+                    }
+                    Ok(Response::new(Body::from("hello")))
+                },
+            ))
+        };
+        for (fails, status, length) in [(true, StatusCode::NOT_FOUND, "12"), (false, StatusCode::OK, "5")] {
+            let request = Request::head("/").body(()).unwrap();
+            let response = answer(fails).oneshot(request).await.unwrap();
+            assert_eq!(response.status(), status);
+            assert_eq!(response.headers()["content-length"], length);
+            assert!(response.body().is_end_stream());
+        }
     }
 
     #[tokio::test]

@@ -332,9 +332,14 @@ impl Attempt<'_> {
             return Ok(response.map(|_| Body::empty()));
         }
         response.headers_mut().insert(SERVICE_TIME, HeaderValue::from(took.as_millis() as u64));
+        // Over HTTP/2 an upstream can send a body where there is none; HTTP/1.1 would read it as the next answer.
+        let bodiless = matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
         Ok(response.map(|incoming| {
             let body = Body::from_incoming(incoming, Side::Upstream);
-            if body.is_end_stream() {
+            if bodiless && !body.is_end_stream() {
+                books.close(false);
+                Body::empty()
+            } else if body.is_end_stream() {
                 books.close(true);
                 body
             } else {

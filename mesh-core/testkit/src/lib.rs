@@ -12,7 +12,6 @@ pub mod process;
 pub mod raw;
 pub mod upstream;
 
-use std::future::Future;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -36,7 +35,7 @@ pub fn shared_data(test: &str, folder: &str) -> Option<PathBuf> {
 ///
 /// # Panics
 /// When it does not within [`PATIENCE`].
-pub async fn until<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let waited = tokio::time::timeout(PATIENCE, async {
         while !condition().await {
             tokio::time::sleep(Duration::from_millis(5)).await;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt as _, Full, StreamBody, combinators::BoxBody};
 use hyper::body::Incoming;
@@ -133,7 +133,7 @@ impl State {
         }
         let status =
             request.headers().get("x-answer-status").and_then(|status| status.to_str().ok()?.parse().ok());
-        let path = request.uri().path().to_owned();
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         let mut saw = describe(self.name, &request);
         let body = match request.into_body().collect().await {
             Ok(body) => body,
@@ -152,10 +152,18 @@ impl State {
             self.held.fetch_sub(1, Ordering::SeqCst);
         }
         let text = saw.to_string();
-        let mut response = if path.starts_with("/slow") {
+        let mut response = if method == Method::HEAD {
+            // Over HTTP/2 hyper leaves it to the application to send no body.
+            let mut response = Response::new(Full::default().boxed());
+            response.headers_mut().insert("content-length", HeaderValue::from(text.len()));
+            response
+        } else if path.starts_with("/slow") {
             Response::new(self.slow(text))
         } else if path == "/trailers" {
-            Response::new(with_trailers(text))
+            let mut response = Response::new(with_trailers(text));
+            // Over HTTP/1.1 only what is announced is sent.
+            response.headers_mut().insert("trailer", HeaderValue::from_static("grpc-status"));
+            response
         } else {
             Response::new(Full::from(text).boxed())
         };
