@@ -210,6 +210,7 @@ impl Control {
                 set = set.with_mesh_config(config);
             }
         }
+        diagnostics.honour_mesh("accessLogFile");
         (set, diagnostics)
     }
 }

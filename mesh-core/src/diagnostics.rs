@@ -7,6 +7,7 @@
 //! a [`Documents`] index of every field that was written; each compiler marks the fields that it gave meaning to
 //! ([`Diagnostics::honour`]); what is present and marked by nobody is reported ([`Diagnostics::unhonoured`]).
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -152,13 +153,14 @@ pub struct Diagnostics {
     items: Vec<Diagnostic>,
     documents: Arc<Documents>,
     honoured: Vec<u64>,
+    honoured_mesh: BTreeSet<String>,
 }
 
 impl Diagnostics {
     /// An empty list about `documents`, whose positions [`Diagnostics::error_at`] looks up.
     #[must_use]
     pub fn about(documents: Arc<Documents>) -> Self {
-        Self { items: Vec::new(), documents, honoured: Vec::new() }
+        Self { items: Vec::new(), documents, honoured: Vec::new(), honoured_mesh: BTreeSet::new() }
     }
 
     /// Records a finding.
@@ -215,6 +217,18 @@ impl Diagnostics {
         for path in paths {
             self.honour(doc, path);
         }
+    }
+
+    /// Marks a field of the mesh's settings ([`honour`](Self::honour)), by its path: `connectTimeout`,
+    /// `defaultConfig.drainDuration`.
+    pub fn honour_mesh(&mut self, path: &str) {
+        self.honoured_mesh.insert(path.to_owned());
+    }
+
+    /// Whether a field of the mesh's settings was marked.
+    #[must_use]
+    pub fn is_mesh_honoured(&self, path: &str) -> bool {
+        self.honoured_mesh.contains(path)
     }
 
     /// The fields that were written in any document and that nobody honoured, each at the highest ancestor below

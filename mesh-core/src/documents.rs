@@ -74,6 +74,15 @@ struct IndexNode {
 
 const ITEM: u32 = 1 << 31;
 
+/// Says that a field means nothing to this build; `grave` when it is there for security.
+pub(crate) fn not_enforced(path: &str, grave: bool, security: Severity) -> Diagnostic {
+    if grave {
+        Diagnostic::new(security, path, "security setting is not enforced by this build")
+    } else {
+        Diagnostic::new(Severity::Warning, path, "not enforced by this build")
+    }
+}
+
 impl Documents {
     /// Every document, in the order in which they were loaded.
     pub fn ids(&self) -> impl Iterator<Item = DocId> + '_ {
@@ -150,19 +159,9 @@ impl Documents {
             }
         } else {
             let grave = document.security || self.is_security(document, at, node.end, path);
-            let severity = if grave { security } else { Severity::Warning };
-            let message = if grave {
-                "security setting is not enforced by this build"
-            } else {
-                "not enforced by this build"
-            };
             let position =
                 Position { file: Arc::clone(&document.file), line: node.line, column: node.column };
-            out.push(
-                Diagnostic::new(severity, path.as_str(), message)
-                    .at(position)
-                    .about(document.resource.clone()),
-            );
+            out.push(not_enforced(path, grave, security).at(position).about(document.resource.clone()));
         }
         path.truncate(length);
     }

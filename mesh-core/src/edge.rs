@@ -37,9 +37,11 @@ impl crate::config::Compile<crate::istio::ResourceSet> for EdgeSettings {
     fn compile(
         set: &crate::istio::ResourceSet,
         _: &crate::config::CompileContext,
-        _: &mut crate::diagnostics::Diagnostics,
+        diags: &mut crate::diagnostics::Diagnostics,
     ) -> Result<Self, crate::config::Rejected> {
         let mesh = set.mesh_config();
+        diags.honour_mesh("pathNormalization");
+        diags.honour_mesh("defaultConfig.gatewayTopology.numTrustedProxies");
         Ok(Self { normalization: mesh.normalization().into(), trusted_proxies: mesh.trusted_proxies() })
     }
 

@@ -260,16 +260,13 @@ mod tests {
     #[tokio::test]
     async fn bug_an_answer_to_head_had_a_body() {
         let answer = |fails: bool| {
-            LocalReplyLayer::new(Direction::Inbound).layer(tower::service_fn(
-                move |_: Request<()>| async move {
-                    if fails {
-                        let error =
-                            Error::local_reply(StatusCode::NOT_FOUND, ResponseFlags::NO_ROUTE_FOUND, "x");
-                        return Err(error.with_body("nothing here"));
-                    }
-                    Ok(Response::new(Body::from("hello")))
-                },
-            ))
+            LocalReplyLayer::new(Direction::Inbound).layer(service_fn(move |_: Request<()>| async move {
+                if fails {
+                    let error = Error::local_reply(StatusCode::NOT_FOUND, ResponseFlags::NO_ROUTE_FOUND, "x");
+                    return Err(error.with_body("nothing here"));
+                }
+                Ok(Response::new(Body::from("hello")))
+            }))
         };
         for (fails, status, length) in [(true, StatusCode::NOT_FOUND, "12"), (false, StatusCode::OK, "5")] {
             let request = Request::head("/").body(()).unwrap();

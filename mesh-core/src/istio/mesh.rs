@@ -8,7 +8,7 @@ use super::loader::readable;
 use super::resource_set::SourceFile;
 use super::types::mesh_config::MeshConfig;
 use super::yaml::{self, Node, Problem, Value};
-use crate::diagnostics::{Diagnostic, Severity};
+use crate::diagnostics::{Diagnostic, Position, Severity};
 
 /// The ConfigMap that istiod reads, and its key.
 const CONFIG_MAP: &str = "istio";
@@ -100,7 +100,8 @@ fn read(file: &Arc<str>, node: &Node, before: u32) -> (Option<MeshConfig>, Vec<D
         .chain(errors)
         .map(|(severity, problem)| diagnostic(file, severity, moved(problem, before)))
         .collect();
-    let Some(mesh) = read.value else { return (None, diagnostics) };
+    let Some(mut mesh) = read.value else { return (None, diagnostics) };
+    mesh.written = written(file, node, before);
     let mut findings = Findings::new("");
     mesh.validate(&mut findings);
     let valid = !findings.has_errors();
@@ -110,6 +111,37 @@ fn read(file: &Arc<str>, node: &Node, before: u32) -> (Option<MeshConfig>, Vec<D
         diagnostics.push(diagnostic(file, finding.severity, moved(problem, before)));
     }
     (valid.then_some(mesh), diagnostics)
+}
+
+/// The fields that were written. What lies in these is named by itself: one may be honoured and its neighbour not.
+const OPENED: [&str; 2] = ["defaultConfig", "defaultConfig.gatewayTopology"];
+
+fn written(file: &Arc<str>, node: &Node, before: u32) -> Vec<(String, Position)> {
+    let mut fields = Vec::new();
+    let mut open = vec![(String::new(), node)];
+    while let Some((prefix, node)) = open.pop() {
+        let Value::Map(entries) = &node.value else { continue };
+        for entry in entries {
+            let path = format!("{prefix}{}", camel(&entry.key));
+            if OPENED.contains(&path.as_str()) {
+                open.push((format!("{path}."), &entry.value));
+            } else {
+                fields.push((path, position(file, entry.line.saturating_add(before), entry.column)));
+            }
+        }
+    }
+    fields
+}
+
+/// The form of a name that paths have; both forms are read.
+fn camel(name: &str) -> String {
+    let mut upper = false;
+    name.chars()
+        .filter_map(|letter| {
+            let was = std::mem::replace(&mut upper, letter == '_');
+            (!upper).then(|| if was { letter.to_ascii_uppercase() } else { letter })
+        })
+        .collect()
 }
 
 /// Every document of a text, and what could not be read.
@@ -161,6 +193,25 @@ mod tests {
         let (mesh, diagnostics) = MeshConfig::load(&bad);
         assert_eq!(mesh, None);
         assert_eq!(diagnostics[0].position.as_ref().map(|at| at.line), Some(2));
+    }
+
+    #[test]
+    fn mc_01_what_nobody_honours_is_reported() {
+        let text = "connect_timeout: 5s\ndefaultHttpRetryPolicy: {attempts: 3}\ndefaultConfig:\n  drainDuration: 5s\n  gatewayTopology: {numTrustedProxies: 1}\nmeshMTLS: {minProtocolVersion: TLSV1_3}\n";
+        let (mesh, _) = MeshConfig::load(&SourceFile::new("mesh.yaml", text));
+        let (set, mut diags) = ResourceSet::load(&[], &LoadOptions::default());
+        let set = set.with_mesh_config(mesh.unwrap());
+        for path in ["connectTimeout", "defaultConfig.gatewayTopology.numTrustedProxies"] {
+            diags.honour_mesh(path);
+        }
+        assert_eq!(
+            lines(&set.unhonoured(&diags, Severity::Error)),
+            [
+                "warning: mesh.yaml:2:1: defaultHttpRetryPolicy: not enforced by this build",
+                "error: mesh.yaml:6:1: meshMTLS: security setting is not enforced by this build",
+                "warning: mesh.yaml:4:3: defaultConfig.drainDuration: not enforced by this build",
+            ]
+        );
     }
 
     #[test]

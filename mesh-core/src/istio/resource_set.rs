@@ -12,6 +12,7 @@ use super::kinds::{Kind, Stores};
 use super::loader::Loader;
 use super::types::mesh_config::MeshConfig;
 use crate::diagnostics::{Diagnostic, Diagnostics, DocId, Documents, Position, Severity};
+use crate::documents::not_enforced;
 
 /// One configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +112,9 @@ pub struct ResourceSet {
     pub(super) skipped: BTreeMap<String, usize>,
 }
 
+/// The settings of the mesh that only security has a use for.
+const SECURITY_OF_MESH: [&str; 3] = ["meshMTLS", "tlsDefaults", "trustDomainAliases"];
+
 impl ResourceSet {
     /// Loads all files. The diagnostics hold every error and warning of all of them, and are about the documents of
     /// the set, so that compilers can go on with them.
@@ -165,7 +169,14 @@ impl ResourceSet {
     /// severity for a security field: error for a check, warning when running.
     #[must_use]
     pub fn unhonoured(&self, diags: &Diagnostics, security: Severity) -> Vec<Diagnostic> {
-        diags.unhonoured(security)
+        let mut found = diags.unhonoured(security);
+        for (path, position) in &self.mesh.written {
+            if !diags.is_mesh_honoured(path) {
+                let grave = SECURITY_OF_MESH.contains(&path.as_str());
+                found.push(not_enforced(path, grave, security).at(position.clone()));
+            }
+        }
+        found
     }
 
     /// The index of what was written.

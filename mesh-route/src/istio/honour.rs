@@ -54,7 +54,31 @@ const POLICIES: &[&str] = &[
     "spec.subsets[*].trafficPolicy.portLevelSettings[*]",
 ];
 
+/// The settings of the mesh that routing reads.
+const MESH: [&str; 9] = [
+    "connectTimeout",
+    "defaultDestinationRuleExportTo",
+    "defaultServiceExportTo",
+    "defaultVirtualServiceExportTo",
+    "dnsRefreshRate",
+    "h2UpgradePolicy",
+    "outboundTrafficPolicy",
+    "rootNamespace",
+    "tcpKeepalive",
+];
+
 pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
+    for path in MESH {
+        diags.honour_mesh(path);
+    }
+    let below = set.mesh_config().default_traffic_policy.as_ref();
+    if below.is_none_or(|policy| {
+        policy.outlier_detection.is_none()
+            && policy.tls.is_none()
+            && policy.load_balancer.as_ref().is_none_or(|balancer| balancer.simple.is_some())
+    }) {
+        diags.honour_mesh("defaultTrafficPolicy");
+    }
     for resource in set.virtual_services() {
         diags.honour_all(resource.doc, VIRTUAL_SERVICE);
         for (rule_at, rule) in resource.spec.http.iter().enumerate() {

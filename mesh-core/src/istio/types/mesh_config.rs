@@ -16,6 +16,7 @@ use super::destination_rule::{
 };
 use super::sidecar::OutboundMode;
 use super::virtual_service::HttpRetry;
+use crate::diagnostics::Position;
 use crate::istio::findings::{Findings, Validate};
 
 /// The trust domain of a mesh that names none.
@@ -90,6 +91,9 @@ pub struct MeshConfig {
     pub disable_policy_checks: Option<bool>,
     /// Whether a request passes when a check fails to be made (MX-08); default false.
     pub policy_check_fail_open: Option<bool>,
+    /// The fields that were written, by path, with their positions: what of them nobody honours is reported.
+    #[serde(skip)]
+    pub written: Vec<(String, Position)>,
 }
 
 /// What happens to calls of unknown destinations, wrapped.
