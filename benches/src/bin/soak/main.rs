@@ -8,6 +8,7 @@
 mod churn;
 mod differential;
 mod large;
+mod memory;
 mod proxy;
 mod reload;
 
@@ -44,6 +45,8 @@ enum Run {
         #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
         time: Duration,
     },
+    /// 1,000 services of 3 subsets and 100 idle connections: at most 30 MiB
+    Memory,
     /// Random mutations of HTTP/1.1 messages: never more requests upstream than answers, never an ambiguous framing
     E2 {
         /// For how long
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         Run::C1 { reloads } => on_runtime(reload::run(reloads)),
         Run::C5 { reloads } => verdict(large::run(reloads)),
         Run::C6 { time } => on_runtime(churn::run(time)),
+        Run::Memory => on_runtime(memory::run()),
         Run::E2 { time, seed } => on_runtime(differential::run(time, seed.unwrap_or_else(rand::random))),
     }
 }
