@@ -3,7 +3,13 @@
 //!
 //! The forwarder and the sidecar are processes of their own (this binary, which calls itself as one), so that the
 //! three differ in nothing else.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::disallowed_methods,
+    reason = "real time is what is measured"
+)]
 
 use std::io::Write as _;
 use std::net::SocketAddr;

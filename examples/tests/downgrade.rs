@@ -60,9 +60,11 @@ fn without(name: &str) -> Vec<Field> {
     fields
 }
 
-/// Every case with what is sent after the head.
-fn cases() -> Vec<(String, Vec<Field>, Option<&'static [u8]>)> {
-    let mut cases: Vec<(String, Vec<Field>, Option<&'static [u8]>)> = Vec::new();
+/// A name, the head, and what is sent after it.
+type Case = (String, Vec<Field>, Option<&'static [u8]>);
+
+fn cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
     // Bytes that end a line, a name or a token where HTTP/1.1 writes the value.
     for (name, bytes) in [
         ("CR", "\r"),

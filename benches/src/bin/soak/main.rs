@@ -5,6 +5,12 @@
 //! that must never happen did: a request dropped, answered wrongly, sent twice, or read in two ways. Latencies are
 //! printed and judge nothing: they belong to the machine.
 
+#![allow(
+    clippy::expect_used,
+    clippy::disallowed_methods,
+    reason = "a run that cannot go on says so by a panic, and what it measures is real time"
+)]
+
 mod churn;
 mod differential;
 mod large;
