@@ -1,7 +1,7 @@
 //! Identity and transport security of the mesh.
 //!
-//! This version originates and terminates no TLS. What it has is the first decision that a port which may carry
-//! both has to make: [`sniff`] tells TLS, HTTP/2 and everything else apart by the first bytes.
+//! This version originates and terminates no TLS. What there is, telling TLS from everything else by the first bytes,
+//! is in [`mesh_core::sniff`], because a listener does that before anyone ends TLS.
 #![forbid(unsafe_code)]
 
-pub mod sniff;
+pub use mesh_core::sniff;
