@@ -168,7 +168,7 @@ impl Admin {
                     "name": &*listener.name,
                     "address": listener.address.to_string(),
                     "direction": listener.direction.as_str(),
-                    "protocol": format!("{:?}", listener.protocol).to_ascii_lowercase(),
+                    "protocol": listener.protocol.as_str(),
                     "phase": format!("{:?}", listener.phase).to_ascii_lowercase(),
                     "open": listener.open,
                     "accepted": listener.accepted,

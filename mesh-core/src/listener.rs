@@ -26,13 +26,51 @@ const BACKLOG: i32 = 4096;
 /// How often a free port is looked for again when another process took the one that the probe found.
 const FREE_PORT_TRIES: usize = 16;
 
+/// What a listener speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ListenerProtocol {
+    /// HTTP, whatever the bytes are.
+    Http(Protocol),
+    /// Bytes, of which none is looked at.
+    Tcp,
+    /// TLS that is routed by its server name and not ended here; other bytes are not refused.
+    Tls,
+    /// What the destination speaks, by its first bytes where that is not known.
+    Sniff,
+}
+
+impl ListenerProtocol {
+    /// The word that configuration dumps use.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Http(http) => http.as_str(),
+            Self::Tcp => "tcp",
+            Self::Tls => "tls",
+            Self::Sniff => "sniff",
+        }
+    }
+}
+
+impl Default for ListenerProtocol {
+    fn default() -> Self {
+        Self::Http(Protocol::default())
+    }
+}
+
+impl From<Protocol> for ListenerProtocol {
+    fn from(http: Protocol) -> Self {
+        Self::Http(http)
+    }
+}
+
 /// What a listener is asked to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenerSpec {
     name: Arc<str>,
     address: SocketAddr,
     direction: Direction,
-    protocol: Protocol,
+    protocol: ListenerProtocol,
     port: Option<u16>,
     original_dst: bool,
 }
@@ -45,16 +83,17 @@ impl ListenerSpec {
             name: name.into(),
             address,
             direction,
-            protocol: Protocol::Auto,
+            protocol: ListenerProtocol::default(),
             port: None,
             original_dst: false,
         }
     }
 
-    /// Which HTTP it speaks. Default [`Protocol::Auto`].
+    /// What it speaks. Default [`Protocol::Auto`]: HTTP/1 and h2c. What is not HTTP takes a handler of its own
+    /// ([`Server::listen_l4`](crate::server::Server::listen_l4)); without one it is read as HTTP.
     #[must_use]
-    pub const fn protocol(mut self, protocol: Protocol) -> Self {
-        self.protocol = protocol;
+    pub fn protocol(mut self, protocol: impl Into<ListenerProtocol>) -> Self {
+        self.protocol = protocol.into();
         self
     }
 
@@ -94,7 +133,7 @@ impl ListenerSpec {
         self.direction
     }
 
-    pub(crate) const fn http(&self) -> Protocol {
+    pub(crate) const fn speaks(&self) -> ListenerProtocol {
         self.protocol
     }
 
@@ -282,8 +321,8 @@ pub struct ListenerStatus {
     pub address: SocketAddr,
     /// Which side of the workload it serves.
     pub direction: Direction,
-    /// Which HTTP it speaks.
-    pub protocol: Protocol,
+    /// What it speaks.
+    pub protocol: ListenerProtocol,
     /// How far its drain is.
     pub phase: Phase,
     /// Open connections, tunnels included.

@@ -6,7 +6,7 @@
 
 use std::net::IpAddr;
 
-use crate::server::Protocol;
+use crate::server::ListenerProtocol;
 
 /// The listeners of a gateway, one for each port.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,8 +22,8 @@ pub struct GatewayListener {
     pub port: u16,
     /// The name of the first server's port.
     pub name: String,
-    /// The HTTP it speaks.
-    pub protocol: Protocol,
+    /// What it speaks.
+    pub protocol: ListenerProtocol,
     /// The address that a server asks for; `None` leaves it to the proxy.
     pub bind: Option<IpAddr>,
 }
@@ -37,22 +37,61 @@ mod istio {
     use crate::diagnostics::Diagnostics;
     use crate::istio::ResourceSet;
     use crate::istio::effective::scope::is_subset;
-    use crate::istio::types::gateway::Server;
-    use crate::server::Protocol;
+    use crate::istio::types::gateway::{Server, ServerTlsMode};
+    use crate::istio::types::protocol::PortProtocol;
+    use crate::server::{ListenerProtocol, Protocol};
 
     impl Server {
         /// Whether a server is plain HTTP, which needs no TLS: also one that only redirects to it.
         #[must_use]
         pub fn is_plain_http(&self) -> bool {
-            let protocol = self.port.as_ref().map_or("", |port| port.protocol.as_str()).to_ascii_uppercase();
-            matches!(protocol.as_str(), "HTTP" | "HTTP2" | "GRPC" | "GRPC-WEB")
+            use PortProtocol::{Grpc, GrpcWeb, Http, Http2};
+            matches!(self.protocol(), Some(Http | Http2 | Grpc | GrpcWeb))
                 && self.tls.as_ref().is_none_or(|tls| tls.https_redirect)
+        }
+
+        /// Whether a server takes bytes as they come: opaque TCP without TLS of its own.
+        #[must_use]
+        pub fn is_plain_tcp(&self) -> bool {
+            use PortProtocol::{Mongo, Mysql, Redis, Tcp};
+            matches!(self.protocol(), Some(Tcp | Mongo | Mysql | Redis)) && self.tls.is_none()
+        }
+
+        /// Whether a server routes TLS by its server name and leaves it as it is (GW-04).
+        #[must_use]
+        pub fn is_passthrough(&self) -> bool {
+            matches!(self.protocol(), Some(PortProtocol::Tls | PortProtocol::Https))
+                && self
+                    .tls
+                    .as_ref()
+                    .is_some_and(|tls| tls.mode == ServerTlsMode::Passthrough && !tls.https_redirect)
+        }
+
+        /// What a listener for the server speaks; `None` for one that nothing in this build can serve.
+        #[must_use]
+        pub fn listener_protocol(&self) -> Option<ListenerProtocol> {
+            if self.is_plain_http() {
+                // A client of any HTTP port may speak h2c; no port refuses HTTP/1.
+                Some(Protocol::Auto.into())
+            } else if self.is_plain_tcp() {
+                Some(ListenerProtocol::Tcp)
+            } else {
+                self.is_passthrough().then_some(ListenerProtocol::Tls)
+            }
+        }
+
+        fn protocol(&self) -> Option<PortProtocol> {
+            PortProtocol::parse(&self.port.as_ref()?.protocol)
         }
     }
 
-    /// The plain servers of the gateways that select the workload; a sidecar has none.
+    /// The servers of the gateways that select the workload, as far as this build can serve them; a sidecar has none.
     impl Compile<ResourceSet> for ListenerSet {
-        fn compile(set: &ResourceSet, cx: &CompileContext, _: &mut Diagnostics) -> Result<Self, Rejected> {
+        fn compile(
+            set: &ResourceSet,
+            cx: &CompileContext,
+            diags: &mut Diagnostics,
+        ) -> Result<Self, Rejected> {
             if cx.role != Role::Gateway {
                 return Ok(Self::default());
             }
@@ -61,18 +100,28 @@ mod istio {
                 .gateways()
                 .iter()
                 .filter(|gateway| is_subset(&gateway.spec.selector, &cx.workload.labels));
-            for server in
-                selected.flat_map(|gateway| &gateway.spec.servers).filter(|server| server.is_plain_http())
-            {
-                let Some(asked) = &server.port else { continue };
-                let Some(port) = u16::try_from(asked.number).ok().filter(|port| *port != 0) else { continue };
-                listeners.entry(port).or_insert_with(|| GatewayListener {
-                    port,
-                    name: asked.name.clone(),
-                    // A client of any HTTP port may speak h2c; no port refuses HTTP/1.
-                    protocol: Protocol::Auto,
-                    bind: server.bind.parse().ok(),
-                });
+            for gateway in selected {
+                for (at, server) in gateway.spec.servers.iter().enumerate() {
+                    let (Some(asked), Some(protocol)) = (&server.port, server.listener_protocol()) else {
+                        continue;
+                    };
+                    let Some(port) = u16::try_from(asked.number).ok().filter(|port| *port != 0) else {
+                        continue;
+                    };
+                    let listener = listeners.entry(port).or_insert_with(|| GatewayListener {
+                        port,
+                        name: asked.name.clone(),
+                        protocol,
+                        bind: server.bind.parse().ok(),
+                    });
+                    if listener.protocol != protocol {
+                        let message = format!(
+                            "the port speaks {} for an older server: this one is not served",
+                            listener.protocol.as_str()
+                        );
+                        diags.warning_at(gateway.doc, format!("spec.servers[{at}].port"), message);
+                    }
+                }
             }
             Ok(Self { listeners: listeners.into_values().collect() })
         }

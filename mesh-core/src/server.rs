@@ -33,6 +33,7 @@
 pub(crate) mod accept;
 pub(crate) mod connection;
 mod edge;
+mod l4;
 mod limits;
 mod serve;
 mod worker;
@@ -47,11 +48,12 @@ use tokio::sync::mpsc::unbounded_channel;
 
 pub use self::accept::{Accepted, ConnHandler, OpenConn, PlainHttp, TcpConn};
 pub use self::edge::HttpStack;
+pub use self::l4::{Expect, L4, L4Conn, WithL4};
 pub use self::limits::ServerLimits;
 pub use self::serve::Protocol;
 pub use self::worker::Worker;
 pub use crate::drain::{Drain, DrainTimes, Drained, Phase, Token};
-pub use crate::listener::{BindError, ListenerSpec, ListenerStatus, OwnAddresses};
+pub use crate::listener::{BindError, ListenerProtocol, ListenerSpec, ListenerStatus, OwnAddresses};
 
 use self::accept::{Acceptor, Shared, follow};
 use self::connection::Loads;
@@ -181,23 +183,44 @@ impl Server {
         S: HttpStack,
         F: Fn(Worker) -> S + Send + Sync + 'static,
     {
-        self.listen_with(spec, PlainHttp, factory)
+        self.listen_with(spec, |_| PlainHttp, factory)
     }
 
-    /// [`listen`](Self::listen), with another handler of connections.
+    /// [`listen`](Self::listen), with an [`L4`] beside the stack that takes the connections which are not HTTP. Both
+    /// are made once per worker, on that worker's thread.
     ///
     /// # Errors
     /// When the address cannot be bound; the error names it.
-    pub fn listen_with<S, F, H>(
+    pub fn listen_l4<S, F, L, G>(
         &self,
         spec: ListenerSpec,
-        handler: H,
+        l4: G,
+        factory: F,
+    ) -> Result<SocketAddr, BindError>
+    where
+        S: HttpStack,
+        F: Fn(Worker) -> S + Send + Sync + 'static,
+        L: L4,
+        G: Fn(Worker) -> L + Send + Sync + 'static,
+    {
+        self.listen_with(spec, move |worker| WithL4::new(l4(worker)), factory)
+    }
+
+    /// [`listen`](Self::listen), with another handler of connections, made once per worker.
+    ///
+    /// # Errors
+    /// When the address cannot be bound; the error names it.
+    pub fn listen_with<S, F, H, G>(
+        &self,
+        spec: ListenerSpec,
+        handler: G,
         factory: F,
     ) -> Result<SocketAddr, BindError>
     where
         S: HttpStack,
         F: Fn(Worker) -> S + Send + Sync + 'static,
         H: ConnHandler<S>,
+        G: Fn(Worker) -> H + Send + Sync + 'static,
     {
         let sockets = bind(&spec, self.workers.len())?;
         let failed = |source| BindError { name: spec.name().to_owned(), address: spec.address(), source };
@@ -238,6 +261,7 @@ impl Server {
                 };
                 let stack = factory(worker);
                 let edge = make_edge(stack, options.snapshots, options.limits, options.panics);
+                let handler = Arc::new(handler(worker));
                 let acceptor = Acceptor { shared, edge, handler, worker: worker.index, loads, peers };
                 tokio::spawn(acceptor.run(listener, passed, accepting));
             }));

@@ -114,6 +114,15 @@ impl<T: Any + Send + Sync> Slot<T> {
         }
     }
 
+    /// [`get`](Self::get), for what has no request: a connection that pinned `snapshot`.
+    #[must_use]
+    pub fn get_in<'a>(&'a self, snapshot: Option<&'a Pinned>) -> Option<&'a T> {
+        match &self.0 {
+            Kind::Fixed(model) => Some(model),
+            Kind::Index(_) => snapshot?.get(self),
+        }
+    }
+
     pub(crate) fn index(index: usize) -> Self {
         Self(Kind::Index(index))
     }

@@ -23,11 +23,12 @@ use tokio::sync::watch;
 
 use super::connection::{Connection, Loaded, Loads, Permits};
 use super::edge::{Edge, HttpStack};
+use super::limits::ServerLimits;
 use super::serve::{Drive, Protocol};
 use crate::conn::ConnInfo;
 use crate::drain::{Accepting, Drain, Phase};
-use crate::listener::{Destination, ListenerSpec, Open, OwnAddresses, Stats, destination};
-use crate::snapshot::Snapshots;
+use crate::listener::{Destination, ListenerProtocol, ListenerSpec, Open, OwnAddresses, Stats, destination};
+use crate::snapshot::{Pinned, Snapshots};
 
 /// How long a listener that cannot accept waits.
 const BACK_OFF: Duration = Duration::from_millis(50);
@@ -80,7 +81,7 @@ impl<S: HttpStack> Accepted<S> {
 #[derive(Debug)]
 pub struct OpenConn<S> {
     info: ConnInfo,
-    protocol: Protocol,
+    protocol: ListenerProtocol,
     permits: Permits,
     edge: Arc<Edge<S>>,
 }
@@ -106,18 +107,62 @@ impl<S: HttpStack> OpenConn<S> {
         self.drive(io, protocol)
     }
 
+    /// What its listener speaks.
+    #[must_use]
+    pub const fn protocol(&self) -> ListenerProtocol {
+        self.protocol
+    }
+
+    /// The worker's snapshot now; `None` where there are none.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<Pinned> {
+        self.edge.pinned()
+    }
+
+    pub(crate) fn limits(&self) -> &ServerLimits {
+        &self.edge.limits
+    }
+
+    /// The connection among those that are told of a drain, and what may still serve it as HTTP.
+    pub(crate) fn into_connection(self) -> (Arc<Connection>, HttpEdge<S>) {
+        let connection = Connection::new(self.info, &self.edge.connections, self.permits);
+        (connection, HttpEdge { edge: self.edge, protocol: http(self.protocol) })
+    }
+
     /// Takes the connection as raw TCP: it stays counted while the handle lives.
     #[must_use]
     pub fn into_tcp(self) -> TcpConn {
         TcpConn(Connection::new(self.info, &self.edge.connections, self.permits))
     }
 
-    fn drive<T>(self, io: T, protocol: Option<Protocol>) -> Drive<S, T>
+    pub(crate) fn drive<T>(self, io: T, protocol: Option<Protocol>) -> Drive<S, T>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let connection = Connection::new(self.info, &self.edge.connections, self.permits);
-        Drive::new(self.edge, connection, io, protocol.unwrap_or(self.protocol))
+        Drive::new(self.edge, connection, io, protocol.unwrap_or(http(self.protocol)))
+    }
+}
+
+/// What serves a connection as HTTP once it is known to be that.
+pub(crate) struct HttpEdge<S> {
+    edge: Arc<Edge<S>>,
+    protocol: Protocol,
+}
+
+impl<S: HttpStack> HttpEdge<S> {
+    pub(crate) fn drive<T>(self, connection: Arc<Connection>, io: T) -> Drive<S, T>
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        Drive::new(self.edge, connection, io, self.protocol)
+    }
+}
+
+const fn http(protocol: ListenerProtocol) -> Protocol {
+    match protocol {
+        ListenerProtocol::Http(http) => http,
+        ListenerProtocol::Tcp | ListenerProtocol::Tls | ListenerProtocol::Sniff => Protocol::Auto,
     }
 }
 
@@ -126,6 +171,10 @@ impl<S: HttpStack> OpenConn<S> {
 pub struct TcpConn(Arc<Connection>);
 
 impl TcpConn {
+    pub(crate) const fn new(connection: Arc<Connection>) -> Self {
+        Self(connection)
+    }
+
     /// What is known of it.
     #[must_use]
     pub fn info(&self) -> &Arc<ConnInfo> {
@@ -310,7 +359,7 @@ impl<S: HttpStack, H: ConnHandler<S>> Acceptor<S, H> {
             _load: loaded,
             _tokens: (shared.process.as_ref().map(Drain::token), shared.drain.token()),
         };
-        let open = OpenConn { info, protocol: shared.spec.http(), permits, edge: Arc::clone(&self.edge) };
+        let open = OpenConn { info, protocol: shared.spec.speaks(), permits, edge: Arc::clone(&self.edge) };
         tokio::spawn(self.handler.handle(Accepted { stream, open }));
     }
 }

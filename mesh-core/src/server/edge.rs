@@ -108,6 +108,11 @@ impl<S> Edge<S> {
         }
     }
 
+    /// The snapshot that requests take now.
+    pub(crate) fn pinned(&self) -> Option<Pinned> {
+        self.local().pinned.clone()
+    }
+
     /// Gives requests from now on another snapshot.
     pub(crate) fn pin(&self, pinned: Pinned) {
         self.local().pinned = Some(pinned);
@@ -138,7 +143,7 @@ impl<S: HttpStack> hyper::service::Service<Request<Incoming>> for EdgeService<S>
 
     fn call(&self, request: Request<Incoming>) -> ResponseFuture<S> {
         self.connection.count_request();
-        let pinned = self.edge.local().pinned.clone();
+        let pinned = self.edge.pinned();
         let in_flight = InFlight::on(Arc::clone(&self.connection));
         let context = RequestContext::on_connection(in_flight, pinned, crate::clock::now());
         let version = request.version();

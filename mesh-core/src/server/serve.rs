@@ -63,10 +63,10 @@ const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// How long an idle connection is still listened to when it is time to close it. It has to outlast the time in
 /// which the runtime looks for bytes that are already there.
-const LAST_LOOK: Duration = Duration::from_millis(20);
+pub(super) const LAST_LOOK: Duration = Duration::from_millis(20);
 
 /// How long a connection that was accepted during a drain has for its request.
-const FIRST_REQUEST: Duration = Duration::from_secs(1);
+pub(super) const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// How long an HTTP/2 peer has to answer the ping of a graceful shutdown once no stream is open.
 const LAST_PING: Duration = Duration::from_secs(1);
