@@ -20,8 +20,8 @@ use mesh_core::{
 };
 use mesh_route::select::reselect;
 use mesh_route::{
-    Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, HeadersLayer, RouteBuilder, RouteTable,
-    SelectRouteLayer, Shard, dispatch,
+    Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec, FaultLayer, HeadersLayer, RouteBuilder,
+    RouteTable, SelectRouteLayer, Shard, dispatch,
 };
 use mesh_telemetry::access_log::{AccessLogLayer, AccessLogSink};
 use tower::{Layer, Service, ServiceExt as _};
@@ -107,6 +107,16 @@ where
     <L::Service as Service<Request<Body>>>::Error: std::fmt::Debug,
 {
     per_request(layer.layer(Ready)).await - per_request(Ready).await
+}
+
+/// What a layer adds below a selected route that has no policy for it.
+async fn of_policy_layer<L>(layer: L) -> f64
+where
+    L: Layer<Ready>,
+    L::Service: Service<Request<Body>, Response = Response<Body>, Error = Error>,
+{
+    let select = SelectRouteLayer::new(table(None));
+    per_request(select.layer(layer.layer(Ready))).await - per_request(select.layer(Ready)).await
 }
 
 /// Answers at once.
@@ -201,6 +211,8 @@ async fn measured() -> BTreeMap<&'static str, f64> {
         ("CatchPanicLayer", of_layer(CatchPanicLayer::new(Panics::default())).await),
         ("NormalizeLayer", of_layer(NormalizeLayer::new(edge, Direction::Outbound).seed(1)).await),
         ("SelectRouteLayer", of_layer(SelectRouteLayer::new(table(None))).await),
+        ("FaultLayer", of_policy_layer(FaultLayer::new()).await),
+        ("CorsLayer", of_policy_layer(CorsLayer::new()).await),
         ("HeadersLayer", of_layer(HeadersLayer::new()).await),
         ("dispatch", of_dispatch().await),
         ("RequestContext", of_context()),
@@ -258,6 +270,8 @@ fn the_future_of_a_request_is_small() {
         .layer(CatchPanicLayer::new(Panics::default()))
         .layer(NormalizeLayer::new(edge, Direction::Outbound).seed(1))
         .layer(SelectRouteLayer::new(slot))
+        .layer(FaultLayer::new())
+        .layer(CorsLayer::new())
         .layer(HeadersLayer::new())
         .service(dispatch(Shard::seeded(1)));
     let bytes = size_of_val(&stack.call(Request::new(Body::empty())));

@@ -9,6 +9,8 @@
 //! | `CatchPanic` | a panic below is the 500 of one request |
 //! | `Normalize` | before anything decides: all that follows reads one request |
 //! | `SelectRoute` | selection precedes what is per route |
+//! | `Fault` | what is injected reaches neither retries nor the upstream, nor what is told to browsers |
+//! | `Cors` | preflights end here; what replies say to browsers has the last word |
 //! | `Headers` | the route's operations, on replies too |
 //! | `dispatch` | redirects, answers, or sends upstream; always ready |
 
@@ -16,7 +18,7 @@ use std::sync::Arc;
 
 use mesh_core::server::HttpStack;
 use mesh_core::{CatchPanicLayer, Direction, EdgeSettings, LocalReplyLayer, NormalizeLayer, Panics, Slot};
-use mesh_route::{HeadersLayer, RouteTable, SelectRouteLayer, Shard, dispatch};
+use mesh_route::{CorsLayer, FaultLayer, HeadersLayer, RouteTable, SelectRouteLayer, Shard, dispatch};
 use mesh_telemetry::access_log::AccessLogLayer;
 use tower::ServiceBuilder;
 
@@ -44,6 +46,8 @@ pub fn outbound(
         .layer(CatchPanicLayer::new(parts.panics.clone()))
         .layer(NormalizeLayer::new(parts.edge.clone(), direction))
         .layer(SelectRouteLayer::new(routes).direction(direction))
+        .layer(FaultLayer::new())
+        .layer(CorsLayer::new())
         .layer(HeadersLayer::new())
         .service(dispatch(shard))
 }

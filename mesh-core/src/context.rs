@@ -28,6 +28,12 @@ use crate::snapshot::{Pinned, Snapshot, Snapshots};
 pub trait PinnedRoute: Any + Send + Sync {
     /// The name that logs and metrics show.
     fn route_name(&self) -> &str;
+
+    /// The policies that the route has, as bits that its crate gives out. A layer whose bit is not set lets the request
+    /// pass without looking at the route. Default: all, so that every layer looks.
+    fn policies(&self) -> u32 {
+        u32::MAX
+    }
 }
 
 /// What is known of one request. Cloning shares it.
@@ -41,6 +47,8 @@ struct Cells {
     snapshot: Option<Pinned>,
     received_at: Instant,
     grpc: AtomicBool,
+    /// Of the pinned route; 0 without one.
+    policies: AtomicU32,
     flags: AtomicU64,
     attempts: AtomicU32,
     request_bytes: AtomicU64,
@@ -113,6 +121,7 @@ impl RequestContext {
             snapshot,
             received_at,
             grpc: AtomicBool::new(false),
+            policies: AtomicU32::new(0),
             flags: AtomicU64::new(0),
             attempts: AtomicU32::new(0),
             request_bytes: AtomicU64::new(0),
@@ -228,7 +237,14 @@ impl RequestContext {
 
     /// Pins the route that was selected. A later selection replaces it.
     pub fn pin_route(&self, route: Arc<dyn PinnedRoute>) {
+        self.0.policies.store(route.policies(), Ordering::Relaxed);
         self.learnt().route = Some(route);
+    }
+
+    /// The policies of the pinned route ([`PinnedRoute::policies`]); 0 without one.
+    #[must_use]
+    pub fn route_policies(&self) -> u32 {
+        self.0.policies.load(Ordering::Relaxed)
     }
 
     /// The pinned route, if it is an `R`.

@@ -27,6 +27,7 @@ struct Inner {
     details: Cow<'static, str>,
     headers: HeaderMap,
     body: Bytes,
+    grpc_status: Option<u32>,
     source: Option<BoxError>,
 }
 
@@ -94,6 +95,7 @@ impl Error {
             details: details.into(),
             headers: HeaderMap::new(),
             body: Bytes::new(),
+            grpc_status: None,
             source: None,
         }))
     }
@@ -134,6 +136,14 @@ impl Error {
         self
     }
 
+    /// Sets the status of a gRPC reply, 0 to 16. By default it follows from the HTTP status; a reply to a request
+    /// that is not gRPC does not have it.
+    #[must_use]
+    pub fn with_grpc_status(mut self, code: u32) -> Self {
+        self.0.grpc_status = Some(code);
+        self
+    }
+
     /// Adds what caused it.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<BoxError>) -> Self {
@@ -151,6 +161,12 @@ impl Error {
     #[must_use]
     pub fn status(&self) -> StatusCode {
         self.0.status
+    }
+
+    /// The status of a gRPC reply, where it does not follow from the HTTP status.
+    #[must_use]
+    pub fn grpc_status(&self) -> Option<u32> {
+        self.0.grpc_status
     }
 
     /// The response flags that this error sets.

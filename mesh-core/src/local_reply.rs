@@ -6,8 +6,8 @@
 //! are left to the HTTP codec.
 //!
 //! A gRPC client does not read HTTP statuses, so it is answered 200 with `grpc-status` and `grpc-message` in the
-//! headers and nothing after them. A layer that knows better (an injected gRPC fault) sets `grpc-status` on
-//! its error, and that stands.
+//! headers and nothing after them. A layer that knows better (an injected gRPC fault) says so with
+//! [`Error::with_grpc_status`].
 //!
 //! The service's own error is [`Infallible`], so a single layer over a foreign server (axum) ends in it. It expects
 //! telemetry above, which reads what is written here, and everything that may fail below.
@@ -167,6 +167,7 @@ pub(crate) fn reply(context: &RequestContext, error: Error) -> Response<Body> {
         ErrorKind::Internal => tracing::error!(%error, "a request failed for a defect of ours"),
         _ => tracing::debug!(%error, "local reply"),
     }
+    let grpc = error.grpc_status();
     let (status, flags, details, mut headers, body) = error.into_reply();
     context.add_flags(flags);
     context.set_details(details);
@@ -174,8 +175,8 @@ pub(crate) fn reply(context: &RequestContext, error: Error) -> Response<Body> {
 
     let (status, body) = if context.is_grpc() {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(GRPC));
-        if !headers.contains_key(GRPC_STATUS) {
-            headers.insert(GRPC_STATUS, HeaderValue::from(grpc_status(status)));
+        if grpc.is_some() || !headers.contains_key(GRPC_STATUS) {
+            headers.insert(GRPC_STATUS, HeaderValue::from(grpc.unwrap_or_else(|| grpc_status(status))));
         }
         if !body.is_empty() && !headers.contains_key(GRPC_MESSAGE) {
             headers.insert(GRPC_MESSAGE, percent_encode(&body));
@@ -203,7 +204,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
 }
 
 /// Envoy's mapping of HTTP statuses.
-fn grpc_status(status: StatusCode) -> u16 {
+fn grpc_status(status: StatusCode) -> u32 {
     match status.as_u16() {
         400 => 13,
         401 => 16,
@@ -317,6 +318,24 @@ mod tests {
         let (response, _) = answer(Some("application/grpc"), error).await;
         assert_eq!(response.headers().get_all("grpc-status").iter().count(), 1);
         assert_eq!(response.headers()["grpc-status"], "8");
+    }
+
+    #[tokio::test]
+    async fn x_10_an_error_says_its_own_status_to_grpc_alone() {
+        let injected = || {
+            Error::local_reply(StatusCode::OK, ResponseFlags::FAULT_INJECTED, "fault_filter_abort")
+                .with_grpc_status(14)
+                .with_body("fault filter abort")
+        };
+        let (response, _) = answer(Some("application/grpc"), injected()).await;
+        assert_eq!(
+            (response.status(), &response.headers()["grpc-status"]),
+            (StatusCode::OK, &"14".parse().unwrap())
+        );
+        assert_eq!(response.headers()["grpc-message"], "fault filter abort");
+        let (response, _) = answer(None, injected()).await;
+        assert_eq!((response.status(), response.headers().get("grpc-status")), (StatusCode::OK, None));
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "fault filter abort");
     }
 
     #[test]

@@ -8,7 +8,9 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use mesh_core::matcher::{HeaderMatcher, InvalidPattern, QueryMatcher, StringMatcher};
 
 use crate::cluster::Cluster;
+use crate::cors::CorsPolicy;
 use crate::direct_response::DirectResponse;
+use crate::fault::Fault;
 use crate::headers::{HeaderOps, InvalidHeaderOp};
 use crate::redirect::Redirect;
 use crate::rewrite::{PathRewrite, Rewrite};
@@ -34,6 +36,8 @@ pub struct RouteBuilder {
     authority: Option<HeaderValue>,
     request_set: Vec<(String, String)>,
     response_set: Vec<(String, String)>,
+    fault: Option<Fault>,
+    cors: Option<Box<CorsPolicy>>,
 }
 
 /// What cannot be built.
@@ -121,6 +125,8 @@ impl RouteBuilder {
             authority: None,
             request_set: Vec::new(),
             response_set: Vec::new(),
+            fault: None,
+            cors: None,
         }
     }
 
@@ -212,6 +218,20 @@ impl RouteBuilder {
         self
     }
 
+    /// Injects delays and aborts ([`FaultLayer`](crate::FaultLayer)). Default none.
+    #[must_use]
+    pub fn fault(mut self, fault: Fault) -> Self {
+        self.fault = Some(fault);
+        self
+    }
+
+    /// Tells browsers which other origins may read the responses ([`CorsLayer`](crate::CorsLayer)). Default nothing.
+    #[must_use]
+    pub fn cors(mut self, policy: CorsPolicy) -> Self {
+        self.cors = Some(Box::new(policy));
+        self
+    }
+
     /// Sends every request to one cluster.
     ///
     /// # Errors
@@ -266,6 +286,8 @@ impl RouteBuilder {
         let mut action = RouteAction::new(kind);
         action.request_headers = ops(&self.request_set)?;
         action.response_headers = ops(&self.response_set)?;
+        action.fault = self.fault;
+        action.cors = self.cors;
         Ok(Route::new(self.name, self.matcher, Arc::new(action)))
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, Discovery};
+use crate::fault::FaultScope;
 use crate::rewrite::PathRewrite;
 use crate::route::{ActionKind, Route};
 use crate::table::RouteTable;
@@ -112,5 +113,18 @@ fn route(route: &Route) -> Value {
         ActionKind::Redirect(redirect) => json!({"redirect": redirect.code.as_u16()}),
         ActionKind::DirectResponse(direct) => json!({"direct_response": direct.status.as_u16()}),
     };
-    json!({"name": route.name(), "match": route.matcher().to_string(), "action": action})
+    let mut shown = json!({"name": route.name(), "match": route.matcher().to_string(), "action": action});
+    if let Some(fault) = &route.action().fault {
+        shown["fault"] = json!({
+            "delay_ms": fault.delay.map(|delay| delay.duration.as_millis() as u64),
+            "delay_percentage": fault.delay.map(|delay| delay.percentage.to_string()),
+            "abort": fault.abort.map(|abort| abort.kind.to_string()),
+            "abort_percentage": fault.abort.map(|abort| abort.percentage.to_string()),
+            "per_try": fault.scope == FaultScope::PerTry,
+        });
+    }
+    if route.action().cors.is_some() {
+        shown["cors"] = true.into();
+    }
+    shown
 }

@@ -15,7 +15,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use crate::headers::{FormatContext, HeaderOps};
-use crate::route::Route;
+use crate::route::{Route, policies};
 
 /// Applies the header operations of the pinned route. Expects [`SelectRouteLayer`](crate::SelectRouteLayer) above it;
 /// a request without a pinned route passes as it is. Local replies of the layers below are treated like responses.
@@ -82,6 +82,7 @@ where
         let pinned = request
             .extensions()
             .get::<RequestContext>()
+            .filter(|context| context.route_policies() & policies::HEADERS != 0)
             .and_then(|context| Some((context.route::<Route>()?, context.clone())));
         let mut pending = None;
         if let Some((route, context)) = pinned {

@@ -9,6 +9,7 @@ pub mod balance;
 mod builder;
 mod cluster;
 mod connect;
+mod cors;
 mod direct_response;
 pub mod discover;
 mod dispatch;
@@ -16,11 +17,13 @@ mod dispatch;
 pub mod dump;
 mod endpoint;
 mod explain;
+mod fault;
 pub mod headers;
 mod headers_layer;
 mod index;
 #[cfg(feature = "istio")]
 mod istio;
+mod percentage;
 mod pool;
 mod redirect;
 mod request_view;
@@ -38,12 +41,17 @@ pub use cluster::{
     BalancerKind, Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, PoolSettings, TcpKeepalive,
     UpstreamProtocol,
 };
+pub use cors::{Cors, CorsLayer, CorsPolicy, CorsPolicyBuilder, InvalidCors, UnmatchedPreflights};
 pub use direct_response::DirectResponse;
 pub use dispatch::dispatch;
 pub use endpoint::{Endpoint, EndpointSet};
 pub use explain::{Decision, Explanation, PassedOver, explain};
+pub use fault::{
+    Abort, AbortKind, Delay, Fault, FaultLayer, FaultScope, InjectFault, Injected, InvalidFault,
+};
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
+pub use percentage::Percentage;
 pub use redirect::{Redirect, RedirectPath, RedirectPort};
 pub use request_view::RequestView;
 pub use rewrite::{PathRewrite, RegexRewrite, Rewrite};

@@ -12,7 +12,9 @@ use mesh_core::PinnedRoute;
 use mesh_core::matcher::{HeaderMatcher, QueryMatcher, StringMatcher};
 
 use crate::cluster::Cluster;
+use crate::cors::CorsPolicy;
 use crate::direct_response::DirectResponse;
+use crate::fault::Fault;
 use crate::headers::HeaderOps;
 use crate::redirect::Redirect;
 use crate::request_view::RequestView;
@@ -25,6 +27,14 @@ pub struct Route {
     name: Arc<str>,
     matcher: RouteMatch,
     action: Arc<RouteAction>,
+    policies: u32,
+}
+
+/// Bits of [`PinnedRoute::policies`].
+pub(crate) mod policies {
+    pub(crate) const HEADERS: u32 = 1;
+    pub(crate) const FAULT: u32 = 1 << 1;
+    pub(crate) const CORS: u32 = 1 << 2;
 }
 
 /// What a request must be like. Every predicate must hold; no predicate at all matches everything.
@@ -90,6 +100,10 @@ pub struct RouteAction {
     pub request_headers: HeaderOps,
     /// Operations on the response's headers, local replies included.
     pub response_headers: HeaderOps,
+    /// What is injected. Default nothing.
+    pub fault: Option<Fault>,
+    /// What browsers are told about other origins. Default nothing: that is left to the upstream.
+    pub cors: Option<Box<CorsPolicy>>,
 }
 
 /// Forward, redirect or answer.
@@ -143,7 +157,8 @@ impl Route {
     /// A route by the name that logs show.
     #[must_use]
     pub fn new(name: impl Into<Arc<str>>, matcher: RouteMatch, action: Arc<RouteAction>) -> Self {
-        Self { name: name.into(), matcher, action }
+        let policies = action.policies();
+        Self { name: name.into(), matcher, action, policies }
     }
 
     /// The name that logs show.
@@ -169,13 +184,35 @@ impl PinnedRoute for Route {
     fn route_name(&self) -> &str {
         &self.name
     }
+
+    fn policies(&self) -> u32 {
+        self.policies
+    }
 }
 
 impl RouteAction {
-    /// An action without header operations.
+    /// An action without header operations, faults and CORS.
     #[must_use]
     pub fn new(kind: ActionKind) -> Self {
-        Self { kind, request_headers: HeaderOps::default(), response_headers: HeaderOps::default() }
+        Self {
+            kind,
+            request_headers: HeaderOps::default(),
+            response_headers: HeaderOps::default(),
+            fault: None,
+            cors: None,
+        }
+    }
+
+    fn policies(&self) -> u32 {
+        let headers = !self.request_headers.is_empty() || !self.response_headers.is_empty();
+        [
+            (headers, policies::HEADERS),
+            (self.fault.is_some(), policies::FAULT),
+            (self.cors.is_some(), policies::CORS),
+        ]
+        .into_iter()
+        .filter_map(|(has, bit)| has.then_some(bit))
+        .sum()
     }
 
     /// Everything to one cluster.

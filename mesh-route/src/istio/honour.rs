@@ -30,6 +30,8 @@ const VIRTUAL_SERVICE: &[&str] = &[
     "spec.http[*].rewrite",
     "spec.http[*].timeout",
     "spec.http[*].headers",
+    "spec.http[*].fault",
+    "spec.http[*].corsPolicy",
     "spec.http[*].websocketUpgrade",
 ];
 

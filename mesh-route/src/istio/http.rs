@@ -238,6 +238,16 @@ impl<'m> Rules<'_, 'm> {
                 forward.rewrite.authority.get_or_insert(authority);
             }
         }
+        action.fault = rule.fault.as_ref().and_then(|fault| super::fault::compile(fault, &resource.meta));
+        if let Some(policy) = &rule.cors_policy {
+            match super::cors::compile(policy) {
+                Ok(policy) => action.cors = Some(Box::new(policy)),
+                Err((field, reason)) => {
+                    self.diags.error_at(resource.doc, format!("{path}.corsPolicy{field}"), reason);
+                    return None;
+                }
+            }
+        }
         Some(action)
     }
 
@@ -464,7 +474,7 @@ fn is_presence(matcher: &StringMatch) -> bool {
     }
 }
 
-fn string_matcher(matcher: &StringMatch) -> Result<StringMatcher, String> {
+pub(super) fn string_matcher(matcher: &StringMatch) -> Result<StringMatcher, String> {
     Ok(match matcher.kind() {
         StringMatchKind::Exact(value) => StringMatcher::exact(value),
         StringMatchKind::Prefix(value) => StringMatcher::prefix(value),

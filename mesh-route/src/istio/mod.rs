@@ -6,7 +6,9 @@
 //! reported as not enforced.
 
 mod clusters;
+mod cors;
 mod delegate;
+mod fault;
 mod gateway;
 mod honour;
 mod http;
@@ -25,6 +27,7 @@ use crate::table::{KeyedBy, RouteTable};
 impl Compile<ResourceSet> for RouteTable {
     fn compile(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) -> Result<Self, Rejected> {
         honour::honour(set, diags);
+        fault::annotations(set, diags);
         let mesh = mesh::Mesh::new(set, cx);
         let mut clusters = clusters::Clusters::new(&mesh);
         let mut table = match cx.role {

@@ -5,8 +5,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod connection_pool;
+mod cors;
 mod cross_cutting;
 mod destination_rule;
+mod fault;
 mod gateway;
 mod mesh_config;
 mod ports;

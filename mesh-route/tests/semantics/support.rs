@@ -10,8 +10,8 @@ use mesh_core::diagnostics::{Diagnostic, Diagnostics, Severity};
 use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile};
 use mesh_core::{Body, ConnInfo, Direction, Error, RequestContext, Slot};
 use mesh_route::{
-    Cluster, ClusterSpec, Clusters, Decision, Explanation, HeadersLayer, RequestView, RouteTable,
-    SelectRouteLayer, Shard, dispatch, explain,
+    Cluster, ClusterSpec, Clusters, CorsLayer, Decision, Explanation, FaultLayer, HeadersLayer, RequestView,
+    RouteTable, SelectRouteLayer, Shard, dispatch, explain,
 };
 use mesh_testkit::upstream::Echo;
 use serde_json::Value;
@@ -222,7 +222,7 @@ impl Compiled {
         );
     }
 
-    /// The stack on these routes: selection, header operations, dispatch.
+    /// The stack on these routes: selection, faults, CORS, header operations, dispatch.
     pub(crate) fn client(&self) -> Client {
         self.client_seeded(1)
     }
@@ -233,6 +233,8 @@ impl Compiled {
             .layer(
                 SelectRouteLayer::new(Slot::fixed_shared(Arc::clone(&self.table))).direction(self.direction),
             )
+            .layer(FaultLayer::seeded(seed))
+            .layer(CorsLayer::new())
             .layer(HeadersLayer::new())
             .service(dispatch(Shard::seeded(seed)));
         BoxCloneSyncService::new(stack)

@@ -289,6 +289,15 @@ pub struct FaultAbort {
     pub percentage: Option<Percent>,
 }
 
+impl FaultAbort {
+    /// The number of the gRPC status, where there is one by a name that gRPC has.
+    #[must_use]
+    pub fn grpc_code(&self) -> Option<u32> {
+        let name = self.grpc_status.as_deref()?;
+        (0..).zip(validate::GRPC_STATUSES).find(|(_, known)| *known == name).map(|(code, _)| code)
+    }
+}
+
 /// A destination that gets copies (VS-P01).
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]

@@ -3,6 +3,8 @@
 mod http;
 mod unreachable;
 
+pub(super) use http::GRPC_STATUSES;
+
 use super::{
     Destination, L4MatchAttributes, RouteDestination, TcpRoute, TlsMatchAttributes, TlsRoute, VirtualService,
 };

@@ -391,8 +391,8 @@ fn share(out: &mut Findings, field: &str, percentage: Option<Percent>, finest: b
     }
 }
 
-/// The names of `google.rpc.Code`.
-const GRPC_STATUSES: [&str; 17] = [
+/// The names of `google.rpc.Code`, in the order of their numbers.
+pub(in super::super) const GRPC_STATUSES: [&str; 17] = [
     "OK",
     "CANCELLED",
     "UNKNOWN",
