@@ -20,8 +20,8 @@ use mesh_core::{
 };
 use mesh_route::select::reselect;
 use mesh_route::{
-    Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec, FaultLayer, HeadersLayer, RouteBuilder,
-    RouteTable, SelectRouteLayer, Shard, dispatch,
+    Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec, FaultLayer, HeadersLayer,
+    RouteBuilder, RouteTable, SelectRouteLayer, Shard, dispatch,
 };
 use mesh_telemetry::access_log::{AccessLogLayer, AccessLogSink};
 use tower::{Layer, Service, ServiceExt as _};
