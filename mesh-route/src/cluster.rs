@@ -216,6 +216,8 @@ pub struct PoolSettings {
     pub max_concurrent_streams: u32,
     /// How long a connection may be without a request; `None` is for ever. Default 1 h.
     pub idle_timeout: Option<Duration>,
+    /// How long a connection that is not HTTP may carry no byte; `None` is for ever. Default 1 h.
+    pub tcp_idle_timeout: Option<Duration>,
     /// How long a connection may live; `None` is for ever, the default.
     pub max_connection_duration: Option<Duration>,
     /// TCP keep-alive of the connections; `None` leaves it off, the default.
@@ -243,6 +245,7 @@ impl Default for PoolSettings {
             max_requests_per_connection: None,
             max_concurrent_streams: (1 << 31) - 1,
             idle_timeout: Some(Duration::from_secs(3600)),
+            tcp_idle_timeout: Some(Duration::from_secs(3600)),
             max_connection_duration: None,
             tcp_keepalive: None,
         }

@@ -33,6 +33,7 @@ mod runtime;
 pub mod select;
 mod shard;
 mod table;
+mod tcp;
 mod timeout;
 mod weighted;
 
@@ -62,4 +63,7 @@ pub use runtime::{ClusterRuntime, Clusters};
 pub use select::{SelectRoute, SelectRouteLayer};
 pub use shard::Shard;
 pub use table::{KeyedBy, Lookup, RouteTable, VirtualHost};
+pub use tcp::{
+    HttpPort, TcpConflict, TcpDestination, TcpDispatch, TcpMatch, TcpReport, TcpRoute, TcpRouteTable,
+};
 pub use weighted::{InvalidWeights, Weighted};

@@ -124,7 +124,7 @@ fn exposed(mesh: &Mesh<'_>) -> BTreeMap<u16, Vec<Exposed>> {
 }
 
 /// Whether a gateway is for this workload: its selector may name any namespace's, and none names every gateway (GW-03).
-fn is_selected(gateway: &Resource<Gateway>, mesh: &Mesh<'_>) -> bool {
+pub(super) fn is_selected(gateway: &Resource<Gateway>, mesh: &Mesh<'_>) -> bool {
     is_subset(&gateway.spec.selector, &mesh.cx.workload.labels)
 }
 

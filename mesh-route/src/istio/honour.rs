@@ -69,6 +69,41 @@ const MESH: [&str; 9] = [
     "tcpKeepalive",
 ];
 
+/// What virtual services say of connections that are not HTTP.
+const L4_RULES: &[&str] = &[
+    "spec.tls[*].match[*].sniHosts",
+    "spec.tls[*].match[*].destinationSubnets",
+    "spec.tls[*].match[*].port",
+    "spec.tls[*].match[*].sourceLabels",
+    "spec.tls[*].match[*].sourceNamespace",
+    "spec.tls[*].match[*].gateways",
+    "spec.tls[*].route",
+    "spec.tcp[*].match[*].destinationSubnets",
+    "spec.tcp[*].match[*].port",
+    "spec.tcp[*].match[*].sourceLabels",
+    "spec.tcp[*].match[*].sourceNamespace",
+    "spec.tcp[*].match[*].gateways",
+    "spec.tcp[*].route",
+];
+
+/// What the routes of connections give meaning to, beside what those of requests do.
+pub(super) fn honour_l4(set: &ResourceSet, diags: &mut Diagnostics) {
+    diags.honour_mesh("protocolDetectionTimeout");
+    for resource in set.virtual_services() {
+        diags.honour_all(resource.doc, L4_RULES);
+    }
+    for resource in set.gateways() {
+        for (at, server) in resource.spec.servers.iter().enumerate() {
+            if server.is_plain_tcp() || server.is_passthrough() {
+                diags.honour(resource.doc, &format!("spec.servers[{at}].port"));
+            }
+            if server.is_passthrough() {
+                diags.honour(resource.doc, &format!("spec.servers[{at}].tls"));
+            }
+        }
+    }
+}
+
 pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
     for path in MESH {
         diags.honour_mesh(path);

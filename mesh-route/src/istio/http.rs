@@ -461,7 +461,7 @@ pub(super) fn names_gateway(named: &[String], namespace: &str, gateways: &[Strin
 }
 
 /// The name of a rule that has none: its virtual service and place, so that a log line finds it.
-fn default_name(resource: &Resource<VirtualService>, path: &str) -> String {
+pub(super) fn default_name(resource: &Resource<VirtualService>, path: &str) -> String {
     let rule = path.strip_prefix("spec.").unwrap_or(path);
     format!("{}.{}.{rule}", resource.meta.name, resource.meta.namespace)
 }

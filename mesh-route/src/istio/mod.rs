@@ -12,6 +12,7 @@ mod fault;
 mod gateway;
 mod honour;
 mod http;
+mod l4;
 mod mesh;
 mod outbound;
 mod policy;

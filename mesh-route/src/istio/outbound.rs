@@ -133,7 +133,13 @@ fn owners<'m>(mesh: &'m Mesh<'m>, diags: &mut Diagnostics) -> Owners<'m> {
                 !matched.gateways.is_empty() && names_gateway(&matched.gateways, namespace, &gateways)
             });
         let default = &mesh.config.default_virtual_service_export_to;
-        if spec.hosts.is_empty() || !attached || !mesh.is_exported(&spec.export_to, default, namespace) {
+        // Who has no HTTP rules takes no host from those who have.
+        let routes_http = !spec.http.is_empty();
+        if spec.hosts.is_empty()
+            || !routes_http
+            || !attached
+            || !mesh.is_exported(&spec.export_to, default, namespace)
+        {
             continue;
         }
         let mut hosts = Vec::with_capacity(spec.hosts.len());

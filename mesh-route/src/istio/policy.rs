@@ -98,6 +98,11 @@ fn pool(policy: &EffectivePolicy<'_>, mesh: &Mesh<'_>) -> PoolSettings {
             Some(Duration::ZERO) => None,
             some => some,
         },
+        tcp_idle_timeout: match tcp.and_then(|tcp| tcp.idle_timeout).map(|idle| idle.to_std()) {
+            None => defaults.tcp_idle_timeout,
+            Some(Duration::ZERO) => None,
+            some => some,
+        },
         max_connection_duration: tcp
             .and_then(|tcp| tcp.max_connection_duration)
             .map(|duration| duration.to_std())

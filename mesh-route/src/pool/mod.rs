@@ -57,7 +57,7 @@ impl ConnMeta {
 
 /// Counts an open connection in its cluster and at its endpoint; given back when it is dropped.
 #[derive(Debug)]
-struct Slot {
+pub(crate) struct Slot {
     runtime: Arc<ClusterRuntime>,
     endpoint: Arc<Endpoint>,
     permit: Option<Permit>,
@@ -66,7 +66,7 @@ struct Slot {
 impl Slot {
     /// Takes a slot below the limit; `first` says that the shard has no connection to the endpoint, and may always
     /// have one, so that no worker starves.
-    fn acquire(
+    pub(crate) fn acquire(
         runtime: &Arc<ClusterRuntime>,
         endpoint: &Arc<Endpoint>,
         settings: &PoolSettings,
