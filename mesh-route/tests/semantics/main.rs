@@ -10,6 +10,7 @@ mod cross_cutting;
 mod destination_rule;
 mod fault;
 mod gateway;
+mod l4;
 mod mesh_config;
 mod ports;
 mod service_entry;
