@@ -13,7 +13,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 use mesh_core::diagnostics::{Diagnostic, Severity};
 use mesh_core::server::{HttpStack, Phase, Server};
 use mesh_core::{Body, Direction, EdgeSettings, Slot, Snapshots};
-use mesh_route::{RouteTable, dump};
+use mesh_route::{RouteTable, TcpRouteTable, dump};
 use mesh_telemetry::access_log::AccessLogSink;
 use serde_json::{Value, json};
 
@@ -31,6 +31,8 @@ pub struct Admin {
     pub snapshots: Snapshots,
     /// The routes that virtual services make.
     pub routes: Slot<RouteTable>,
+    /// The routes of what is not HTTP.
+    pub tcp_routes: Slot<TcpRouteTable>,
     /// The routes to the applications, by inbound listener.
     pub inbound: Vec<Slot<RouteTable>>,
     /// How requests are normalised.
@@ -102,7 +104,7 @@ impl Admin {
             "/" => text(StatusCode::OK, index()),
             "/ready" | "/healthz/ready" => self.ready(),
             "/config_dump" => json(StatusCode::OK, &self.config_dump()),
-            "/clusters" => json(StatusCode::OK, &dump::clusters(&self.tables())),
+            "/clusters" => json(StatusCode::OK, &self.clusters()),
             "/listeners" => json(StatusCode::OK, &self.listeners()),
             "/server_info" => json(StatusCode::OK, &self.server_info()),
             "/explain" => self.explain(request.uri().query().unwrap_or("")),
@@ -117,6 +119,17 @@ impl Admin {
             .chain(&self.inbound)
             .filter_map(|slot| snapshot.get_shared(slot))
             .collect()
+    }
+
+    fn clusters(&self) -> Value {
+        let snapshot = self.snapshots.load();
+        let (tables, tcp) = (self.tables(), snapshot.get(&self.tcp_routes));
+        dump::clusters(
+            tables
+                .iter()
+                .flat_map(|table| table.clusters())
+                .chain(tcp.into_iter().flat_map(TcpRouteTable::clusters)),
+        )
     }
 
     fn ready(&self) -> Response<Body> {
@@ -152,6 +165,7 @@ impl Admin {
             "rejected": loaded.rejected,
             "since": loaded.since.map(|since| humantime::format_rfc3339_millis(since).to_string()),
             "routes": tables.first().map(|table| dump::routes(table)),
+            "tcp_routes": self.snapshots.load().get(&self.tcp_routes).map(dump::tcp_routes),
             "inbound": tables.iter().skip(1).map(|table| dump::routes(table)).collect::<Vec<_>>(),
             "last_load": loaded.diagnostics.iter().map(Diagnostic::to_json).collect::<Vec<_>>(),
             "not_enforced": loaded.not_enforced.iter().map(Diagnostic::to_json).collect::<Vec<_>>(),

@@ -16,10 +16,13 @@
 
 use std::sync::Arc;
 
-use mesh_core::server::HttpStack;
+use mesh_core::server::{HttpStack, L4};
 use mesh_core::{CatchPanicLayer, Direction, EdgeSettings, LocalReplyLayer, NormalizeLayer, Panics, Slot};
-use mesh_route::{CorsLayer, FaultLayer, HeadersLayer, RouteTable, SelectRouteLayer, Shard, dispatch};
-use mesh_telemetry::access_log::AccessLogLayer;
+use mesh_route::{
+    CorsLayer, FaultLayer, HeadersLayer, RouteTable, SelectRouteLayer, Shard, TcpDispatch, TcpRouteTable,
+    dispatch,
+};
+use mesh_telemetry::access_log::{AccessLogLayer, ConnectionEntry};
 use tower::ServiceBuilder;
 
 /// What every stack of a process shares.
@@ -50,6 +53,27 @@ pub fn outbound(
         .layer(CorsLayer::new())
         .layer(HeadersLayer::new())
         .service(dispatch(shard))
+}
+
+/// What is not HTTP, beside [`outbound`]: forwarded as it comes, with a line in the access log when it has ended.
+pub fn l4(parts: &Parts, routes: Slot<TcpRouteTable>, shard: Arc<Shard>) -> impl L4 + use<> {
+    let dispatch = TcpDispatch::new(routes, shard);
+    let Some(sink) = parts.access_log.sink().cloned() else { return dispatch };
+    dispatch.on_end(move |conn, report| {
+        sink.connection(&ConnectionEntry {
+            conn,
+            flags: report.flags,
+            transport_failure: report.transport_failure.as_deref(),
+            received_bytes: report.received_bytes,
+            sent_bytes: report.sent_bytes,
+            duration: report.duration,
+            upstream: report.upstream,
+            cluster: report.cluster.as_deref(),
+            upstream_local: report.upstream_local,
+            sni: report.sni.as_deref(),
+            route: report.route.as_deref(),
+        });
+    })
 }
 
 /// What comes to the workload. `routes` leads to the application, whatever the host.

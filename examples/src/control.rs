@@ -12,7 +12,7 @@ use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile, UnknownFields};
 use mesh_core::watch::{self, Watcher};
 use mesh_core::{EdgeSettings, ListenerSet, Slot, Snapshots};
 use mesh_route::discover::Discoverer;
-use mesh_route::{Clusters, RouteTable};
+use mesh_route::{Clusters, RouteTable, TcpRouteTable};
 
 /// Where configuration comes from.
 #[derive(Clone, Debug, Default)]
@@ -34,6 +34,8 @@ pub struct Control {
     clusters: Clusters,
     /// The routes that virtual services make.
     pub routes: Slot<RouteTable>,
+    /// The routes of what is not HTTP.
+    pub tcp_routes: Slot<TcpRouteTable>,
     /// The listeners that gateways ask for.
     pub listeners: Slot<ListenerSet>,
     /// How requests are normalised.
@@ -117,17 +119,20 @@ impl Control {
             .with_unknown_fields(unknown);
         let mut compiler = Compiler::new(context);
         let routes = compiler.register::<RouteTable>();
+        let tcp_routes = compiler.register::<TcpRouteTable>();
         let listeners = compiler.register::<ListenerSet>();
         let edge = compiler.register::<EdgeSettings>();
-        let (registry, table) = (clusters.clone(), routes.clone());
+        let (registry, table, tcp) = (clusters.clone(), routes.clone(), tcp_routes.clone());
         compiler.before_publish(move |snapshot| {
-            if let Some(table) = snapshot.get(&table) {
-                registry.reconcile(table.clusters());
-                discoverer.follow(table.clusters());
+            let http = snapshot.get(&table).map(RouteTable::clusters);
+            let tcp = snapshot.get(&tcp).map(TcpRouteTable::clusters);
+            for clusters in [http, tcp].into_iter().flatten() {
+                registry.reconcile(clusters);
+                discoverer.follow(clusters);
             }
         });
         let status = Status::default();
-        Self { sources, options, compiler, clusters, routes, listeners, edge, status }
+        Self { sources, options, compiler, clusters, routes, tcp_routes, listeners, edge, status }
     }
 
     /// Where snapshots are published.

@@ -11,11 +11,13 @@ use std::time::Duration;
 use mesh_core::config::{CompileContext, Role};
 use mesh_core::diagnostics::Severity;
 use mesh_core::istio::SourceFile;
-use mesh_core::server::{BindError, DrainTimes, Drained, ListenerSpec, Server, ServerLimits, serve_here};
+use mesh_core::server::{
+    BindError, DrainTimes, Drained, ListenerProtocol, ListenerSpec, Server, ServerLimits, serve_here,
+};
 use mesh_core::{ClusterName, Direction, GatewayListener, Panics, Slot};
 use mesh_route::discover::{Discoverer, SystemResolver};
 use mesh_route::{
-    Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, RouteBuilder, RouteTable, Shard,
+    Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, RouteBuilder, RouteTable, Shard, TcpRouteTable,
     UpstreamProtocol,
 };
 use mesh_telemetry::access_log::{AccessLogLayer, AccessLogSink};
@@ -100,7 +102,9 @@ async fn run_sidecar(args: Sidecar) -> Result<(), Failure> {
     }
     proxy.load()?;
     proxy.start()?;
-    let outbound = ListenerSpec::new("outbound", args.outbound, Direction::Outbound).original_dst(true);
+    let outbound = ListenerSpec::new("outbound", args.outbound, Direction::Outbound)
+        .original_dst(true)
+        .protocol(ListenerProtocol::Sniff);
     proxy.listen(outbound, "--outbound")?;
     for (at, (inbound, app)) in pairs.into_iter().enumerate() {
         proxy.listen_inbound(at, inbound, app)?;
@@ -128,7 +132,9 @@ async fn run_gateway(args: Gateway) -> Result<(), Failure> {
     proxy.listen_admin()?;
     let specs = gateway_listeners(&proxy, args.bind, &args.map_port);
     if specs.is_empty() {
-        tracing::warn!("no Gateway with a plain HTTP server selects this workload: nothing is served yet");
+        tracing::warn!(
+            "no Gateway with a server that can be served selects this workload: nothing is served yet"
+        );
     }
     for spec in specs {
         proxy.listen(spec, "--bind and --map-port")?;
@@ -298,10 +304,14 @@ impl Proxy {
 
     fn listen(&mut self, spec: ListenerSpec, flag: &str) -> Result<(), Failure> {
         let name = spec.name().to_owned();
-        let address = listen(self.server()?, &self.parts, &self.control.routes, spec)
+        let address = listen(self.server()?, &self.parts, &self.tables(), spec)
             .map_err(|error| bind_failure(&error, flag))?;
         self.addresses.push((name, address));
         Ok(())
+    }
+
+    fn tables(&self) -> Tables {
+        (self.control.routes.clone(), self.control.tcp_routes.clone())
     }
 
     fn listen_inbound(&mut self, at: usize, inbound: SocketAddr, app: SocketAddr) -> Result<(), Failure> {
@@ -336,6 +346,7 @@ impl Proxy {
             status: self.control.status().clone(),
             snapshots: self.control.snapshots().clone(),
             routes: self.control.routes.clone(),
+            tcp_routes: self.control.tcp_routes.clone(),
             inbound: self.inbound.clone(),
             edge: self.control.edge.clone(),
             server: Arc::clone(self.server()?),
@@ -446,9 +457,9 @@ impl Proxy {
     /// Makes the listeners of a gateway be those of the generation in force.
     fn reconcile(&mut self, wanted: Vec<ListenerSpec>) {
         let Some(server) = self.server.clone() else { return };
-        let (parts, routes) = (self.parts.clone(), self.control.routes.clone());
+        let (parts, tables) = (self.parts.clone(), self.tables());
         tokio::spawn(async move {
-            let done = server.reconcile(wanted, |server, spec| listen(server, &parts, &routes, spec)).await;
+            let done = server.reconcile(wanted, |server, spec| listen(server, &parts, &tables, spec)).await;
             for (name, address) in &done.added {
                 tracing::info!(listener = &**name, %address, "listening");
             }
@@ -459,15 +470,25 @@ impl Proxy {
     }
 }
 
+/// The routes of requests, and of what is not HTTP.
+type Tables = (Slot<RouteTable>, Slot<TcpRouteTable>);
+
 fn listen(
     server: &Server,
     parts: &Parts,
-    routes: &Slot<RouteTable>,
+    (routes, tcp_routes): &Tables,
     spec: ListenerSpec,
 ) -> Result<SocketAddr, BindError> {
-    let (parts, routes) = (parts.clone(), routes.clone());
-    let direction = spec.direction();
-    server.listen(spec, move |_| compose::outbound(&parts, direction, routes.clone(), Shard::new()))
+    let (direction, protocol) = (spec.direction(), spec.speaks());
+    let stack = {
+        let (parts, routes) = (parts.clone(), routes.clone());
+        move |_| compose::outbound(&parts, direction, routes.clone(), Shard::new())
+    };
+    if let ListenerProtocol::Http(_) = protocol {
+        return server.listen(spec, stack);
+    }
+    let (parts, tcp_routes) = (parts.clone(), tcp_routes.clone());
+    server.listen_l4(spec, move |_| compose::l4(&parts, tcp_routes.clone(), Shard::new()), stack)
 }
 
 fn bind_failure(error: &BindError, flag: &str) -> Failure {

@@ -133,7 +133,9 @@ impl ListenerSpec {
         self.direction
     }
 
-    pub(crate) const fn speaks(&self) -> ListenerProtocol {
+    /// What it speaks.
+    #[must_use]
+    pub const fn speaks(&self) -> ListenerProtocol {
         self.protocol
     }
 

@@ -10,15 +10,14 @@ use crate::fault::FaultScope;
 use crate::rewrite::PathRewrite;
 use crate::route::{ActionKind, Route};
 use crate::table::RouteTable;
+use crate::tcp::{TcpRoute, TcpRouteTable};
 
-/// Every cluster of some tables with its endpoints, limits and counters, by name.
+/// Clusters with their endpoints, limits and counters, by name. Of several of one name, which share their state, the
+/// last is shown.
 #[must_use]
-pub fn clusters(tables: &[Arc<RouteTable>]) -> Value {
-    let by_name: BTreeMap<&str, &Arc<Cluster>> = tables
-        .iter()
-        .flat_map(|table| table.clusters())
-        .map(|cluster| (cluster.name().as_str(), cluster))
-        .collect();
+pub fn clusters<'c>(clusters: impl IntoIterator<Item = &'c Arc<Cluster>>) -> Value {
+    let by_name: BTreeMap<&str, &Arc<Cluster>> =
+        clusters.into_iter().map(|cluster| (cluster.name().as_str(), cluster)).collect();
     json!({ "clusters": by_name.into_values().map(|cluster| self::cluster(cluster)).collect::<Vec<_>>() })
 }
 
@@ -44,6 +43,28 @@ pub fn routes(table: &RouteTable) -> Value {
         })).collect::<Vec<_>>(),
         "unknown": table.unknown().map(|unknown| route(unknown)),
     })
+}
+
+/// The routes of connections that are not HTTP, by port.
+#[must_use]
+pub fn tcp_routes(table: &TcpRouteTable) -> Value {
+    let shown = |route: &TcpRoute| {
+        let destinations: Vec<_> = route
+            .destinations()
+            .iter()
+            .map(|(weight, to)| json!({"cluster": to.name.as_str(), "weight": weight, "known": to.cluster.is_some()}))
+            .collect();
+        json!({"name": route.name(), "match": route.matcher().to_string(), "destinations": destinations})
+    };
+    let ports: Vec<_> = table
+        .iter()
+        .map(|(port, route)| {
+            let mut shown = shown(route);
+            shown["port"] = port.into();
+            shown
+        })
+        .collect();
+    json!({ "routes": ports, "unknown": table.unknown().map(|unknown| shown(unknown)) })
 }
 
 /// Port, name, domains and routes of a virtual host.

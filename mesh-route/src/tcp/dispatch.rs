@@ -31,7 +31,7 @@ use crate::shard::Shard;
 /// Forwards connections by a [`TcpRouteTable`]. Cloning shares the shard.
 ///
 /// It is the L4 side of a listener ([`Server::listen_l4`](mesh_core::server::Server::listen_l4)); build one per worker
-/// with the worker's own [`Shard`], the same as that of [`dispatch`](crate::dispatch()).
+/// with a [`Shard`] of the worker's own, which may be that of [`dispatch`](crate::dispatch()).
 #[derive(Clone)]
 pub struct TcpDispatch {
     table: Slot<TcpRouteTable>,

@@ -104,7 +104,7 @@ impl Entry {
     }
 }
 
-struct Dash<T>(Option<T>);
+pub(super) struct Dash<T>(pub(super) Option<T>);
 
 impl<T: Display> Display for Dash<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -124,7 +124,7 @@ fn protocol(version: Version) -> &'static str {
     }
 }
 
-fn quoted(out: &mut String, value: Option<&[u8]>) -> fmt::Result {
+pub(super) fn quoted(out: &mut String, value: Option<&[u8]>) -> fmt::Result {
     out.push('"');
     escape(out, value.filter(|value| !value.is_empty()).unwrap_or(b"-"))?;
     out.push('"');
@@ -144,7 +144,7 @@ fn escape(out: &mut String, value: &[u8]) -> fmt::Result {
 }
 
 /// An unquoted field must not hold a space either; Envoy writes `_` there.
-fn escape_words(out: &mut String, value: &[u8]) -> fmt::Result {
+pub(super) fn escape_words(out: &mut String, value: &[u8]) -> fmt::Result {
     for byte in value {
         match byte {
             b' ' => out.push('_'),

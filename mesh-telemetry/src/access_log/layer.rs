@@ -50,6 +50,12 @@ impl AccessLogLayer {
     pub fn off() -> Self {
         Self { sink: None }
     }
+
+    /// Where the lines go; `None` when it writes nothing.
+    #[must_use]
+    pub fn sink(&self) -> Option<&AccessLogSink> {
+        self.sink.as_ref()
+    }
 }
 
 impl<S> Layer<S> for AccessLogLayer {

@@ -5,12 +5,16 @@
 //! writes its line once: at the end of the response **body**, or when the request is dropped without a response
 //! (code 0, flag `DC`).
 //!
+//! A connection that is not HTTP has a line too ([`AccessLogSink::connection`]), when it has ended.
+//!
 //! Telemetry fails open. A line goes into a bounded queue; when the sink cannot keep up, lines are dropped and
 //! counted, and no request waits.
 
+mod connection;
 mod entry;
 mod layer;
 mod sink;
 
+pub use connection::ConnectionEntry;
 pub use layer::{AccessLog, AccessLogLayer, ResponseFuture};
 pub use sink::{AccessLogSink, Writer};
