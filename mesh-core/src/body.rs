@@ -27,6 +27,8 @@ use crate::flags::ResponseFlags;
 /// A request or response body.
 pub struct Body {
     kind: Kind,
+    /// What was read before the body was made.
+    first: Option<Box<Result<Frame<Bytes>, Error>>>,
     meter: Option<Meter>,
     hook: Option<Box<dyn BodyHook>>,
 }
@@ -119,6 +121,13 @@ impl Body {
         Self::of(Kind::Boxed(body.map_err(|error| Error::from(error.into())).boxed_unsync()))
     }
 
+    /// The body whose first frame was read already, by someone who had to look at it.
+    #[must_use]
+    pub fn after(mut self, first: Result<Frame<Bytes>, Error>) -> Self {
+        self.first = Some(Box::new(first));
+        self
+    }
+
     /// Counts the bytes of this body into `context`, as request bytes for [`Side::Downstream`] and as response
     /// bytes for [`Side::Upstream`]. The flags of an error that ends it are added too, and `DC` when a response
     /// body is dropped before its end: whoever was to receive it is gone.
@@ -147,7 +156,7 @@ impl Body {
     }
 
     const fn of(kind: Kind) -> Self {
-        Self { kind, meter: None, hook: None }
+        Self { kind, first: None, meter: None, hook: None }
     }
 
     fn end(&mut self, end: EndOfBody<'_>) {
@@ -174,12 +183,9 @@ impl HttpBody for Body {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         let this = &mut *self;
-        let frame = match &mut this.kind {
-            Kind::Empty => None,
-            Kind::Full(data) => data.take().map(|data| Ok(Frame::data(data))),
-            Kind::Incoming(incoming, side) => ready!(Pin::new(incoming).poll_frame(cx))
-                .map(|frame| frame.map_err(|error| read_error(error, *side))),
-            Kind::Boxed(body) => ready!(Pin::new(body).poll_frame(cx)),
+        let frame = match (this.first.take(), &mut this.kind) {
+            (Some(first), _) => Some(*first),
+            (None, kind) => ready!(poll_kind(kind, cx)),
         };
         Poll::Ready(match frame {
             Some(Ok(mut frame)) => {
@@ -210,6 +216,9 @@ impl HttpBody for Body {
     }
 
     fn is_end_stream(&self) -> bool {
+        if self.first.is_some() {
+            return false;
+        }
         match &self.kind {
             Kind::Empty | Kind::Full(None) => true,
             Kind::Full(Some(_)) => false,
@@ -219,12 +228,20 @@ impl HttpBody for Body {
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.kind {
+        let rest = match &self.kind {
             Kind::Empty | Kind::Full(None) => SizeHint::with_exact(0),
             Kind::Full(Some(data)) => SizeHint::with_exact(data.len() as u64),
             Kind::Incoming(incoming, _) => incoming.size_hint(),
             Kind::Boxed(body) => body.size_hint(),
+        };
+        let Some(Ok(first)) = self.first.as_deref() else { return rest };
+        let read = first.data_ref().map_or(0, Bytes::len) as u64;
+        let mut hint = SizeHint::new();
+        hint.set_lower(rest.lower().saturating_add(read));
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(read));
         }
+        hint
     }
 }
 
@@ -312,7 +329,19 @@ impl BodyHook for Both {
     }
 }
 
-fn read_error(error: hyper::Error, side: Side) -> Error {
+fn poll_kind(kind: &mut Kind, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+    Poll::Ready(match kind {
+        Kind::Empty => None,
+        Kind::Full(data) => data.take().map(|data| Ok(Frame::data(data))),
+        Kind::Incoming(incoming, side) => ready!(Pin::new(incoming).poll_frame(cx))
+            .map(|frame| frame.map_err(|error| read_error(error, *side))),
+        Kind::Boxed(body) => ready!(Pin::new(body).poll_frame(cx)),
+    })
+}
+
+/// What hyper says of a body that broke off, as an error of the side it is read from.
+#[must_use]
+pub fn read_error(error: hyper::Error, side: Side) -> Error {
     match side {
         Side::Downstream => Error::new(
             ErrorKind::DownstreamReset,

@@ -1,7 +1,7 @@
 //! Vocabulary and plumbing of the mesh layers; no policy.
 #![forbid(unsafe_code)]
 
-mod body;
+pub mod body;
 pub mod clock;
 mod compat;
 pub mod config;

@@ -13,6 +13,7 @@ use crate::direct_response::DirectResponse;
 use crate::fault::Fault;
 use crate::headers::{HeaderOps, InvalidHeaderOp};
 use crate::redirect::Redirect;
+use crate::retry::RetryPolicy;
 use crate::rewrite::{PathRewrite, Rewrite};
 use crate::route::{ActionKind, Destination, Forward, Route, RouteAction, RouteMatch};
 use crate::table::{KeyedBy, RouteTable, VirtualHost};
@@ -32,6 +33,9 @@ pub struct RouteBuilder {
     matcher: RouteMatch,
     prefix: usize,
     timeout: Option<Duration>,
+    idle_timeout: Option<Duration>,
+    retry: RetryPolicy,
+    client_overrides: bool,
     rewrite: Option<Box<str>>,
     authority: Option<HeaderValue>,
     request_set: Vec<(String, String)>,
@@ -121,6 +125,9 @@ impl RouteBuilder {
             matcher: RouteMatch::default(),
             prefix: 1,
             timeout: None,
+            idle_timeout: None,
+            retry: RetryPolicy::never(),
+            client_overrides: false,
             rewrite: None,
             authority: None,
             request_set: Vec::new(),
@@ -190,6 +197,28 @@ impl RouteBuilder {
         self
     }
 
+    /// How long nothing may be received of the response. Default for ever.
+    #[must_use]
+    pub fn idle_timeout(mut self, timeout: Duration) -> Self {
+        self.idle_timeout = Some(timeout);
+        self
+    }
+
+    /// When a request is tried again. Default never.
+    #[must_use]
+    pub fn retry(mut self, policy: RetryPolicy) -> Self {
+        self.retry = policy;
+        self
+    }
+
+    /// Follows Envoy's headers for timeouts and retries (`x-envoy-max-retries` and its kin). Only for clients that may
+    /// multiply their load. Default no.
+    #[must_use]
+    pub fn trust_client_overrides(mut self) -> Self {
+        self.client_overrides = true;
+        self
+    }
+
     /// Replaces what the path predicate matched: the prefix, or the whole path of an exact or regular one.
     #[must_use]
     pub fn rewrite_path(mut self, path: &str) -> Self {
@@ -248,6 +277,9 @@ impl RouteBuilder {
         let destinations = clusters.into_iter().map(|(weight, cluster)| (weight, Destination::new(cluster)));
         let mut forward = Forward::new(Weighted::new(destinations)?);
         forward.timeout = self.timeout;
+        forward.idle_timeout = self.idle_timeout;
+        forward.retry = self.retry.clone();
+        forward.client_overrides = self.client_overrides;
         forward.rewrite = Rewrite {
             path: match self.rewrite.clone() {
                 None => PathRewrite::Keep,

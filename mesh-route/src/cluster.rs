@@ -13,6 +13,8 @@ use std::time::Duration;
 use mesh_core::{ClusterName, UpstreamTls};
 
 use crate::endpoint::EndpointSet;
+use crate::outlier::OutlierDetection;
+use crate::retry::RetryBudget;
 use crate::runtime::ClusterRuntime;
 
 /// A cluster that routes hold: what configuration says of it, and the runtime that the registry attached.
@@ -119,6 +121,10 @@ pub struct ClusterSpec {
     pub pool: PoolSettings,
     /// How often its names are resolved again, where it has names. Default 60 s, Istio's `dnsRefreshRate`.
     pub dns_refresh_rate: Duration,
+    /// When endpoints that fail are left out; `None`, the default, is never.
+    pub outlier_detection: Option<OutlierDetection>,
+    /// How many retries it bears; `None`, the default, sets no limit beside `max_retries`.
+    pub retry_budget: Option<RetryBudget>,
 }
 
 /// Where the endpoints of a cluster come from.
@@ -210,6 +216,8 @@ pub struct PoolSettings {
     pub max_pending_requests: u32,
     /// Requests in flight, h1 included. Default 2³²−1.
     pub max_requests: u32,
+    /// Retries in flight. Default 2³²−1.
+    pub max_retries: u32,
     /// Requests after which a connection is closed; `None` is no limit.
     pub max_requests_per_connection: Option<u32>,
     /// Streams per h2 connection. Default 2³¹−1.
@@ -242,6 +250,7 @@ impl Default for PoolSettings {
             connect_timeout: Duration::from_secs(10),
             max_pending_requests: u32::MAX,
             max_requests: u32::MAX,
+            max_retries: u32::MAX,
             max_requests_per_connection: None,
             max_concurrent_streams: (1 << 31) - 1,
             idle_timeout: Some(Duration::from_secs(3600)),
@@ -264,6 +273,8 @@ impl ClusterSpec {
             tls: UpstreamTls::default(),
             pool: PoolSettings::default(),
             dns_refresh_rate: crate::discover::REFRESH,
+            outlier_detection: None,
+            retry_budget: None,
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::cluster::{Cluster, Discovery};
 use crate::fault::FaultScope;
 use crate::rewrite::PathRewrite;
 use crate::route::{ActionKind, Route};
+use crate::runtime::ClusterRuntime;
 use crate::table::RouteTable;
 use crate::tcp::{TcpRoute, TcpRouteTable};
 
@@ -82,6 +83,7 @@ fn cluster(cluster: &Cluster) -> Value {
                 "in_flight": endpoint.in_flight(),
                 "connections": endpoint.connections(),
                 "requests": endpoint.requests(),
+                "ejected": endpoint.is_ejected(),
             })
         })
         .collect();
@@ -104,6 +106,7 @@ fn cluster(cluster: &Cluster) -> Value {
             "connections": limit(spec.pool.max_connections),
             "pending_requests": limit(spec.pool.max_pending_requests),
             "requests": limit(spec.pool.max_requests),
+            "retries": limit(spec.pool.max_retries),
             "requests_per_connection": spec.pool.max_requests_per_connection,
             "connect_timeout_ms": spec.pool.connect_timeout.as_millis() as u64,
         },
@@ -112,7 +115,28 @@ fn cluster(cluster: &Cluster) -> Value {
             "pending_requests": runtime.pending(),
             "requests": runtime.requests(),
             "overflows": runtime.overflows(),
+            "retries": runtime.retries(),
+            "retried": runtime.retried(),
+            "retry_overflows": runtime.retry_overflows(),
         })),
+        "outlier_detection": cluster.runtime().filter(|_| spec.outlier_detection.is_some()).map(|runtime| outliers(runtime)),
+    })
+}
+
+/// Who is ejected, and the last decisions with their evidence.
+fn outliers(runtime: &ClusterRuntime) -> Value {
+    let now = mesh_core::clock::now();
+    runtime.with_outliers(|detector| {
+        json!({
+            "ejected": detector.ejected(),
+            "ejections": detector.ejections(),
+            "prevented": detector.prevented(),
+            "events": detector.events().map(|event| json!({
+                "endpoint": event.endpoint.to_string(),
+                "seconds_ago": now.saturating_duration_since(event.at).as_secs_f64(),
+                "what": event.kind.to_string(),
+            })).collect::<Vec<_>>(),
+        })
     })
 }
 
@@ -126,6 +150,11 @@ fn route(route: &Route) -> Value {
                 .collect();
             json!({
                 "destinations": destinations,
+                "retry": (forward.retry.attempts > 0).then(|| json!({
+                    "attempts": forward.retry.attempts,
+                    "on": forward.retry.on.to_string(),
+                    "per_try_timeout_ms": forward.retry.per_try_timeout.map(|timeout| timeout.as_millis() as u64),
+                })),
                 "timeout_ms": forward.timeout.map(|timeout| timeout.as_millis() as u64),
                 "rewrites_path": !matches!(forward.rewrite.path, PathRewrite::Keep),
                 "authority": forward.rewrite.authority.as_ref().map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()),

@@ -8,6 +8,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use crate::outlier::Counters;
+
 /// Turns of a weighted round robin that are laid out in advance; a set that needs more draws by weight.
 const MAX_TURNS: u64 = 4096;
 
@@ -20,6 +22,9 @@ pub struct Endpoint {
     connections: AtomicU32,
     requests: AtomicU64,
     retired: AtomicBool,
+    /// Left out by outlier detection.
+    ejected: AtomicBool,
+    failures: Counters,
 }
 
 impl Endpoint {
@@ -32,6 +37,8 @@ impl Endpoint {
             connections: AtomicU32::new(0),
             requests: AtomicU64::new(0),
             retired: AtomicBool::new(false),
+            ejected: AtomicBool::new(false),
+            failures: Counters::default(),
         }
     }
 
@@ -70,6 +77,21 @@ impl Endpoint {
     #[must_use]
     pub fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Relaxed)
+    }
+
+    /// Whether outlier detection leaves it out.
+    #[must_use]
+    pub fn is_ejected(&self) -> bool {
+        self.ejected.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_ejected(&self, ejected: bool) {
+        self.ejected.store(ejected, Ordering::Relaxed);
+    }
+
+    /// Its consecutive failures.
+    pub(crate) fn failures(&self) -> &Counters {
+        &self.failures
     }
 
     pub(crate) fn set_retired(&self, retired: bool) {

@@ -5,6 +5,7 @@
 //! [`dispatch()`] sends the request to one of its clusters, redirects, or answers. [`explain`] says why.
 #![forbid(unsafe_code)]
 
+mod attempt;
 pub mod balance;
 mod builder;
 mod cluster;
@@ -18,15 +19,19 @@ pub mod dump;
 mod endpoint;
 mod explain;
 mod fault;
+mod forward;
 pub mod headers;
 mod headers_layer;
 mod index;
 #[cfg(feature = "istio")]
 mod istio;
 mod percentage;
+pub mod outlier;
+mod overrides;
 mod pool;
 mod redirect;
 mod request_view;
+mod retry;
 mod rewrite;
 mod route;
 mod runtime;
@@ -53,8 +58,12 @@ pub use fault::{
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
 pub use percentage::Percentage;
+pub use outlier::OutlierDetection;
 pub use redirect::{Redirect, RedirectPath, RedirectPort};
 pub use request_view::RequestView;
+pub use retry::{
+    Backoff, Outcome, RetryBudget, RetryClass, RetryOn, RetryPolicy, UnknownCondition, is_idempotent,
+};
 pub use rewrite::{PathRewrite, RegexRewrite, Rewrite};
 pub use route::{
     ActionKind, Destination, Forward, PseudoHeaderMatcher, Route, RouteAction, RouteMatch, Unmet,

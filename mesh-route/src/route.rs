@@ -18,6 +18,7 @@ use crate::fault::Fault;
 use crate::headers::HeaderOps;
 use crate::redirect::Redirect;
 use crate::request_view::RequestView;
+use crate::retry::RetryPolicy;
 use crate::rewrite::Rewrite;
 use crate::weighted::Weighted;
 
@@ -127,6 +128,13 @@ pub struct Forward {
     pub timeout: Option<Duration>,
     /// What is changed in path and authority.
     pub rewrite: Rewrite,
+    /// When a request is tried again. Never, unless it is said; Istio's default is
+    /// [`RetryPolicy::istio_default`](crate::RetryPolicy::istio_default).
+    pub retry: RetryPolicy,
+    /// How long nothing may be received of the response; `None`, the default, is no limit.
+    pub idle_timeout: Option<Duration>,
+    /// Whether Envoy's headers for timeouts and retries are followed (VS-T02). Default false.
+    pub client_overrides: bool,
 }
 
 /// One destination of a route.
@@ -223,10 +231,17 @@ impl RouteAction {
 }
 
 impl Forward {
-    /// To these destinations, without time limit and rewrite.
+    /// To these destinations, without time limit, retries and rewrite.
     #[must_use]
     pub fn new(destinations: Weighted<Destination>) -> Self {
-        Self { destinations, timeout: None, rewrite: Rewrite::default() }
+        Self {
+            destinations,
+            timeout: None,
+            rewrite: Rewrite::default(),
+            retry: RetryPolicy::never(),
+            idle_timeout: None,
+            client_overrides: false,
+        }
     }
 }
 

@@ -11,14 +11,17 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use mesh_core::ClusterName;
 use tokio::sync::Notify;
 
-use crate::cluster::{Cluster, Discovery};
+use crate::cluster::{Cluster, ClusterSpec, Discovery};
 use crate::endpoint::{Endpoint, EndpointSet};
+use crate::outlier::{Detector, Observation, OutlierDetection};
+use crate::retry::Recent;
 
 /// Every cluster of the process, by name.
 #[derive(Clone, Debug, Default)]
@@ -35,7 +38,15 @@ pub struct ClusterRuntime {
     pub(crate) connections: AtomicU32,
     pub(crate) pending: AtomicU32,
     pub(crate) requests: AtomicU32,
+    pub(crate) retries: AtomicU32,
     pub(crate) overflows: AtomicU64,
+    retried: AtomicU64,
+    retry_overflows: AtomicU64,
+    recent: Recent,
+    detector: Mutex<Detector>,
+    /// When the next ejection ends, in nanoseconds since `origin`; the greatest number when nobody is ejected.
+    next_return: AtomicU64,
+    origin: Instant,
     /// Told when a connection slot or a connection may have become free.
     pub(crate) freed: Notify,
 }
@@ -61,6 +72,9 @@ impl Clusters {
                 runtime
             });
             runtime.hold();
+            if cluster.spec().outlier_detection.is_none() {
+                runtime.end_outlier_detection();
+            }
             let listed = match &cluster.spec().discovery {
                 Discovery::Static(endpoints) => {
                     let weighted = endpoints.iter().map(|endpoint| (endpoint.addr, endpoint.weight));
@@ -95,7 +109,14 @@ impl ClusterRuntime {
             connections: AtomicU32::new(0),
             pending: AtomicU32::new(0),
             requests: AtomicU32::new(0),
+            retries: AtomicU32::new(0),
             overflows: AtomicU64::new(0),
+            retried: AtomicU64::new(0),
+            retry_overflows: AtomicU64::new(0),
+            recent: Recent::default(),
+            detector: Mutex::default(),
+            next_return: AtomicU64::new(u64::MAX),
+            origin: mesh_core::clock::now(),
             freed: Notify::new(),
         }
     }
@@ -126,7 +147,7 @@ impl ClusterRuntime {
     /// The endpoint of an address, for destinations that come with the request.
     #[must_use]
     pub fn endpoint(&self, addr: SocketAddr) -> Arc<Endpoint> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known();
         // Addresses come with requests, so those that are gone are forgotten now and then.
         if known.len() >= 64 && known.len().is_power_of_two() {
             known.retain(|_, endpoint| endpoint.strong_count() > 0);
@@ -160,6 +181,125 @@ impl ClusterRuntime {
         self.overflows.load(Ordering::Relaxed)
     }
 
+    /// Retries in flight, the time before them included.
+    #[must_use]
+    pub fn retries(&self) -> u32 {
+        self.retries.load(Ordering::Relaxed)
+    }
+
+    /// Retries so far.
+    #[must_use]
+    pub fn retried(&self) -> u64 {
+        self.retried.load(Ordering::Relaxed)
+    }
+
+    /// Retries that a limit refused.
+    #[must_use]
+    pub fn retry_overflows(&self) -> u64 {
+        self.retry_overflows.load(Ordering::Relaxed)
+    }
+
+    /// Reads what outlier detection knows; ejections that are over have ended.
+    pub fn with_outliers<T>(&self, read: impl FnOnce(&Detector) -> T) -> T {
+        self.let_return(mesh_core::clock::now);
+        read(&self.detector())
+    }
+
+    /// Counts a request that may be retried, where the budget counts over time.
+    pub(crate) fn count_request(&self, spec: &ClusterSpec) {
+        if let Some(budget) = spec.retry_budget.filter(|budget| !budget.interval.is_zero()) {
+            self.recent.request(budget.interval, self.origin, mesh_core::clock::now());
+        }
+    }
+
+    /// A place among the retries, if `maxRetries` and the budget have one.
+    pub(crate) fn admit_retry(self: &Arc<Self>, spec: &ClusterSpec) -> Option<Permit> {
+        let most = match &spec.retry_budget {
+            Some(budget) if budget.interval.is_zero() => {
+                let active = u64::from(self.requests()) + u64::from(self.pending());
+                budget.limit(active).min(spec.pool.max_retries)
+            }
+            _ => spec.pool.max_retries,
+        };
+        let within_interval = || {
+            spec.retry_budget
+                .as_ref()
+                .filter(|budget| !budget.interval.is_zero())
+                .is_none_or(|budget| self.recent.retry(budget, self.origin, mesh_core::clock::now()))
+        };
+        let permit = Permit::acquire(self, |runtime| &runtime.retries, most).filter(|_| within_interval());
+        let counter = if permit.is_some() { &self.retried } else { &self.retry_overflows };
+        counter.fetch_add(1, Ordering::Relaxed);
+        permit
+    }
+
+    /// Tells outlier detection what a try came to.
+    pub(crate) fn observe(
+        &self,
+        config: &OutlierDetection,
+        endpoint: &Endpoint,
+        seen: Observation,
+        endpoints: impl FnOnce() -> usize,
+    ) {
+        let Some(evidence) = endpoint.failures().observe(config, seen) else { return };
+        let mut detector = self.detector();
+        let now = mesh_core::clock::now();
+        if detector.trip(config, endpoint.addr(), evidence, endpoints(), now) {
+            endpoint.set_ejected(true);
+        }
+        if let Some(event) = detector.events().last() {
+            tracing::warn!(cluster = %self.name, endpoint = %event.endpoint, "outlier detection: {}", event.kind);
+        }
+        self.set_next_return(&detector);
+    }
+
+    /// Ends the ejections whose time is over. Costs a look at one number while nobody is ejected.
+    pub(crate) fn let_return(&self, now: impl FnOnce() -> Instant) {
+        let next = self.next_return.load(Ordering::Acquire);
+        if next == u64::MAX {
+            return;
+        }
+        let now = now();
+        if nanos(self.origin, now) < next {
+            return;
+        }
+        let mut detector = self.detector();
+        for addr in detector.sweep(now) {
+            self.returned(addr);
+            tracing::info!(cluster = %self.name, endpoint = %addr, "outlier detection: returned");
+        }
+        self.set_next_return(&detector);
+    }
+
+    /// Without outlier detection nobody is ejected.
+    fn end_outlier_detection(&self) {
+        let mut detector = self.detector();
+        *detector = Detector::default();
+        let known: Vec<_> = self.known().values().filter_map(Weak::upgrade).collect();
+        known.iter().for_each(|endpoint| endpoint.set_ejected(false));
+        self.set_next_return(&detector);
+    }
+
+    fn returned(&self, addr: SocketAddr) {
+        if let Some(endpoint) = self.known().get(&addr).and_then(Weak::upgrade) {
+            endpoint.failures().clear();
+            endpoint.set_ejected(false);
+        }
+    }
+
+    fn set_next_return(&self, detector: &Detector) {
+        let next = detector.next_return().map_or(u64::MAX, |at| nanos(self.origin, at));
+        self.next_return.store(next, Ordering::Release);
+    }
+
+    fn detector(&self) -> MutexGuard<'_, Detector> {
+        self.detector.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<SocketAddr, Weak<Endpoint>>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A cluster of a generation is attached.
     fn hold(&self) {
         if self.holders.fetch_add(1, Ordering::AcqRel) == 0 {
@@ -170,7 +310,7 @@ impl ClusterRuntime {
     /// A cluster of a generation is gone. With the last one the endpoints retire, and their connections close.
     pub(crate) fn release(&self) {
         if self.holders.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = self.known();
             // A generation that came meanwhile has its endpoints back.
             if self.holders.load(Ordering::Acquire) == 0 {
                 known.values().filter_map(Weak::upgrade).for_each(|endpoint| endpoint.set_retired(true));
@@ -179,7 +319,7 @@ impl ClusterRuntime {
     }
 
     fn endpoint_set(&self, addresses: impl IntoIterator<Item = (SocketAddr, u32)>) -> EndpointSet {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known();
         let set = EndpointSet::new(
             addresses.into_iter().map(|(addr, weight)| (Self::keep(&mut known, addr), weight)),
         );
@@ -200,6 +340,10 @@ impl ClusterRuntime {
         known.insert(addr, Arc::downgrade(&endpoint));
         endpoint
     }
+}
+
+fn nanos(origin: Instant, at: Instant) -> u64 {
+    u64::try_from(at.saturating_duration_since(origin).as_nanos()).unwrap_or(u64::MAX - 1)
 }
 
 impl fmt::Debug for ClusterRuntime {

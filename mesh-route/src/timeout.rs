@@ -1,8 +1,11 @@
-//! The route timeout (VS-T01): from the end of the request to the end of the response.
+//! How long a request may take.
 //!
-//! The timer starts when the whole request has been received, so a slow upload is not counted. It covers everything
+//! The timeout of the route (VS-T01) goes from the end of the request to the end of the response. The timer starts when the whole request has been received, so a slow upload is not counted. It covers everything
 //! after that: waiting for a connection, every attempt, and the body of the response. A route without a timeout has
 //! none of this.
+//!
+//! A try has its own (VS-Y02), up to the head of its response; the idle timeout begins again with whatever is received.
+//! Without any of these a request has no timer at all.
 //!
 //! A gRPC client says with `grpc-timeout` how long it waits. That holds, but never for longer than the route allows.
 
@@ -14,17 +17,80 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use mesh_core::{Body, BodyHook, EndOfBody, Error, ErrorKind, ResponseFlags};
+use mesh_core::{Body, BodyHook, EndOfBody, Error, ErrorKind, RequestContext, ResponseFlags};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// How long the exchange of a request may take, by its route and, for gRPC, its client; `None` is no limit.
-pub(crate) fn of(route: Option<Duration>, headers: &HeaderMap) -> Option<Duration> {
-    match (route, grpc_timeout(headers)) {
-        (Some(route), Some(client)) => Some(route.min(client)),
-        (route, client) => route.or(client),
+use crate::overrides::Overrides;
+use crate::route::Forward;
+
+const EXPECTED: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
+const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+
+/// How long a request may take, by its route and its client; `None` is no limit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Timeouts {
+    /// For everything from the whole request to the end of the response.
+    pub(crate) route: Option<Duration>,
+    /// For each try.
+    pub(crate) per_try: Option<Duration>,
+    /// Without anything being received.
+    pub(crate) idle: Option<Duration>,
+    /// When counting began; `None` where nothing is counted.
+    since: Option<std::time::Instant>,
+}
+
+impl Timeouts {
+    pub(crate) fn of(
+        forward: &Forward,
+        overrides: Option<&Overrides>,
+        headers: &HeaderMap,
+        cx: &RequestContext,
+    ) -> Self {
+        let route = match overrides.and_then(|overrides| overrides.timeout) {
+            Some(timeout) => Some(timeout).filter(|timeout| !timeout.is_zero()),
+            None => forward.timeout,
+        };
+        // The client began to wait when it sent the request, and time has gone since.
+        let client = grpc_timeout(headers).map(|client| {
+            let gone = mesh_core::clock::now().saturating_duration_since(cx.received_at());
+            client.saturating_sub(gone).max(Duration::from_millis(1))
+        });
+        let route = match (route, client) {
+            (Some(route), Some(client)) => Some(route.min(client)),
+            (route, client) => route.or(client),
+        };
+        let per_try = overrides.and_then(|overrides| overrides.per_try).or(forward.retry.per_try_timeout);
+        // One that is not shorter than the whole has no effect (VS-Y02).
+        let per_try =
+            per_try.filter(|per_try| !per_try.is_zero() && route.is_none_or(|route| *per_try < route));
+        let since = (route.is_some() || per_try.is_some()).then(mesh_core::clock::now);
+        Self { route, per_try, idle: forward.idle_timeout, since }
+    }
+
+    /// Tells the upstream how long it is waited for, as Envoy does: what it does after that is in vain.
+    pub(crate) fn announce(&self, headers: &mut HeaderMap, grpc: bool) {
+        let Some(since) = self.since else { return };
+        let gone = mesh_core::clock::now().saturating_duration_since(since);
+        // Out of time is still a millisecond: zero would be no limit.
+        let left = self.route.map(|route| route.saturating_sub(gone).max(Duration::from_millis(1)));
+        let Some(left) = [left, self.per_try].into_iter().flatten().min() else { return };
+        headers.insert(EXPECTED, HeaderValue::from(left.as_millis() as u64));
+        if grpc && let Ok(value) = HeaderValue::try_from(to_grpc_timeout(left)) {
+            headers.insert(GRPC_TIMEOUT, value);
+        }
+    }
+}
+
+/// At most eight digits and the unit that they fit.
+fn to_grpc_timeout(timeout: Duration) -> String {
+    let millis = timeout.as_millis();
+    if millis < 100_000_000 {
+        format!("{millis}m")
+    } else {
+        format!("{}S", timeout.as_secs().min(99_999_999))
     }
 }
 
@@ -83,7 +149,8 @@ impl Deadline {
         *self.0.at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn passed(&self) {
+    /// Completes when it has passed.
+    pub(crate) async fn passed(&self) {
         loop {
             match self.at() {
                 Some(at) => return sleep_until(at).await,
@@ -92,25 +159,26 @@ impl Deadline {
         }
     }
 
-    /// Runs an exchange up to its response, and bounds the body of that response too.
+    /// Runs an exchange up to its response, and bounds the body of that response too; `None` when the deadline passed.
     pub(crate) async fn bound(
         &self,
         exchange: impl Future<Output = Result<http::Response<Body>, Error>>,
-    ) -> Result<http::Response<Body>, Error> {
+    ) -> Option<Result<http::Response<Body>, Error>> {
         let response = tokio::select! {
             biased;
-            response = exchange => response?,
-            () = self.passed() => return Err(timed_out()),
+            response = exchange => response,
+            () = self.passed() => return None,
         };
         // The response may begin before the request has ended; then its body waits for the start as well.
         let deadline = self.clone();
-        Ok(response.map(|inner| {
+        let bound = |inner: Body| {
             if inner.is_end_stream() {
                 return inner;
             }
             let timer = deadline.at().map(|at| Box::pin(sleep_until(at)));
             Body::new(Bounded { inner, deadline, timer })
-        }))
+        };
+        Some(response.map(|response| response.map(bound)))
     }
 }
 
@@ -145,7 +213,7 @@ impl HttpBody for Bounded {
         if let Some(timer) = &mut self.timer
             && timer.as_mut().poll(cx).is_ready()
         {
-            return Poll::Ready(Some(Err(timed_out())));
+            return Poll::Ready(Some(Err(route())));
         }
         Poll::Pending
     }
@@ -159,12 +227,67 @@ impl HttpBody for Bounded {
     }
 }
 
-fn timed_out() -> Error {
-    Error::new(
-        ErrorKind::Timeout,
-        StatusCode::GATEWAY_TIMEOUT,
-        ResponseFlags::UPSTREAM_REQUEST_TIMEOUT,
-        "response_timeout",
-    )
-    .with_body("upstream request timeout")
+/// A body that fails when nothing is received of it for `timeout`.
+pub(crate) fn bound_idle(inner: Body, timeout: Duration) -> Body {
+    Body::new(Idle { inner, timeout, timer: None, waiting: false })
+}
+
+struct Idle {
+    inner: Body,
+    timeout: Duration,
+    timer: Option<Pin<Box<Sleep>>>,
+    waiting: bool,
+}
+
+impl HttpBody for Idle {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        let this = &mut *self;
+        if let Poll::Ready(frame) = Pin::new(&mut this.inner).poll_frame(cx) {
+            this.waiting = false;
+            return Poll::Ready(frame);
+        }
+        let timeout = this.timeout;
+        let timer = this.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        // The time between frames in which nobody asked for one is not the upstream's.
+        if !std::mem::replace(&mut this.waiting, true) {
+            timer.as_mut().reset(Instant::now() + timeout);
+        }
+        match timer.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Some(Err(idle()))),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// The timeout of the route.
+pub(crate) fn route() -> Error {
+    timed_out(ResponseFlags::UPSTREAM_REQUEST_TIMEOUT, "response_timeout", "upstream request timeout")
+}
+
+/// The timeout of a try.
+pub(crate) fn per_try() -> Error {
+    timed_out(ResponseFlags::UPSTREAM_REQUEST_TIMEOUT, "upstream_per_try_timeout", "upstream request timeout")
+}
+
+/// Nothing was received for too long.
+pub(crate) fn idle() -> Error {
+    timed_out(ResponseFlags::STREAM_IDLE_TIMEOUT, "stream_idle_timeout", "stream timeout")
+}
+
+fn timed_out(flags: ResponseFlags, details: &'static str, body: &'static str) -> Error {
+    Error::new(ErrorKind::Timeout, StatusCode::GATEWAY_TIMEOUT, flags, details).with_body(body)
 }

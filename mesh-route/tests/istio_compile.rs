@@ -160,7 +160,7 @@ kind: VirtualService
 metadata: {name: v, namespace: default}
 spec:
   hosts: [v]
-  http: [{retries: {attempts: 3}, route: [{destination: {host: v}}]}]
+  http: [{match: [{uri: {prefix: /}, statPrefix: v}], route: [{destination: {host: v}}]}]
 ---
 apiVersion: networking.istio.io/v1
 kind: DestinationRule
@@ -175,7 +175,7 @@ spec: {host: v, trafficPolicy: {tls: {mode: ISTIO_MUTUAL}, loadBalancer: {simple
     assert_eq!(
         left,
         [
-            (Severity::Warning, "spec.http[0].retries".to_owned()),
+            (Severity::Warning, "spec.http[0].match[0].statPrefix".to_owned()),
             (Severity::Error, "spec.trafficPolicy.tls".to_owned())
         ]
     );

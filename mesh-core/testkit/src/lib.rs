@@ -10,6 +10,7 @@ pub mod h2_raw;
 pub mod ledger;
 pub mod process;
 pub mod raw;
+pub mod scripted;
 pub mod upstream;
 
 use std::path::PathBuf;

@@ -7,6 +7,8 @@ use mesh_core::istio::types::destination_rule::ClientTlsMode;
 use mesh_core::istio::types::gateway::Server;
 use mesh_core::istio::types::service_entry::Resolution;
 
+use super::annotations;
+
 const VIRTUAL_SERVICE: &[&str] = &[
     "spec.hosts",
     "spec.gateways",
@@ -29,6 +31,7 @@ const VIRTUAL_SERVICE: &[&str] = &[
     "spec.http[*].delegate",
     "spec.http[*].rewrite",
     "spec.http[*].timeout",
+    "spec.http[*].retries",
     "spec.http[*].headers",
     "spec.http[*].fault",
     "spec.http[*].corsPolicy",
@@ -41,10 +44,21 @@ const POLICY: &[&str] = &[
     "connectionPool.http.http1MaxPendingRequests",
     "connectionPool.http.http2MaxRequests",
     "connectionPool.http.maxRequestsPerConnection",
+    "connectionPool.http.maxRetries",
     "connectionPool.http.idleTimeout",
     "connectionPool.http.h2UpgradePolicy",
     "connectionPool.http.useClientProtocol",
     "connectionPool.http.maxConcurrentStreams",
+    "outlierDetection.consecutiveErrors",
+    "outlierDetection.consecutive5xxErrors",
+    "outlierDetection.consecutiveGatewayErrors",
+    "outlierDetection.consecutiveLocalOriginFailures",
+    "outlierDetection.splitExternalLocalOriginErrors",
+    "outlierDetection.interval",
+    "outlierDetection.baseEjectionTime",
+    "outlierDetection.maxEjectionPercent",
+    "outlierDetection.outlierDetectionHttpErrorCodes",
+    "retryBudget",
     "portLevelSettings[*].port",
 ];
 
@@ -57,8 +71,9 @@ const POLICIES: &[&str] = &[
 ];
 
 /// The settings of the mesh that routing reads.
-const MESH: [&str; 9] = [
+const MESH: [&str; 10] = [
     "connectTimeout",
+    "defaultHttpRetryPolicy",
     "defaultDestinationRuleExportTo",
     "defaultServiceExportTo",
     "defaultVirtualServiceExportTo",
@@ -118,6 +133,7 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
     }
     for resource in set.virtual_services() {
         diags.honour_all(resource.doc, VIRTUAL_SERVICE);
+        annotations::check(&resource.meta.annotations, annotations::VIRTUAL_SERVICE, resource.doc, diags);
         for (rule_at, rule) in resource.spec.http.iter().enumerate() {
             for (match_at, matched) in rule.matches.iter().enumerate() {
                 for (field, headers) in
@@ -133,6 +149,7 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
         }
     }
     for resource in set.destination_rules() {
+        annotations::check(&resource.meta.annotations, annotations::DESTINATION_RULE, resource.doc, diags);
         diags.honour_all(
             resource.doc,
             &[

@@ -18,6 +18,7 @@ use mesh_core::matcher::{HeaderMatcher, QueryMatcher, StringMatcher};
 
 use super::clusters::{Clusters, Found};
 use super::mesh::Mesh;
+use super::{annotations, retry};
 use crate::direct_response::DirectResponse;
 use crate::headers::HeaderOps;
 use crate::redirect::{Redirect, RedirectPath, RedirectPort};
@@ -273,6 +274,12 @@ impl<'m> Rules<'_, 'm> {
             }
         };
         forward.timeout = rule.timeout.map(|timeout| timeout.to_std()).filter(|timeout| !timeout.is_zero());
+        forward.retry = retry::of_rule(self.mesh, resource, path, rule.retries.as_ref(), self.diags)?;
+        let annotation = |name: &str| resource.meta.annotations.get(name).map(String::as_str);
+        // A value that is none was reported.
+        forward.idle_timeout =
+            annotation(annotations::STREAM_IDLE_TIMEOUT).and_then(|value| annotations::duration(value).ok());
+        forward.client_overrides = annotation(annotations::CLIENT_OVERRIDES) == Some("true");
         if let Some(rewrite) = &rule.rewrite {
             let at = format!("{path}.rewrite");
             forward.rewrite = Rewrite {

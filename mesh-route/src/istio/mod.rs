@@ -5,6 +5,7 @@
 //! of the workload they are compiled for. Each part marks the fields that it gives meaning to; what is left is
 //! reported as not enforced.
 
+mod annotations;
 mod clusters;
 mod cors;
 mod delegate;
@@ -16,6 +17,7 @@ mod l4;
 mod mesh;
 mod outbound;
 mod policy;
+mod retry;
 
 use mesh_core::Direction;
 use mesh_core::config::{Compile, CompileContext, Rejected, Role};

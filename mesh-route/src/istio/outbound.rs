@@ -14,8 +14,10 @@ use super::clusters::Clusters;
 use super::delegate;
 use super::http::{Place, Rules, names_gateway};
 use super::mesh::Mesh;
-use crate::route::{Route, RouteAction, RouteMatch};
+use super::retry;
+use crate::route::{ActionKind, Destination, Forward, Route, RouteAction, RouteMatch};
 use crate::table::{KeyedBy, RouteTable, VirtualHost};
+use crate::weighted::Weighted;
 
 /// The gateway name that stands for every sidecar.
 const MESH: &str = "mesh";
@@ -52,7 +54,7 @@ pub(super) fn table<'m>(
             });
             // Without a rule for this port and workload it is as if there were no virtual service.
             if routes.is_empty() {
-                routes.extend(default_route(clusters, service, port.number));
+                routes.extend(default_route(mesh, clusters, service, port.number));
             }
             let name = format!("{}:{}", service.host, port.number);
             hosts.push((port.number, Arc::new(VirtualHost::new(name, routes))));
@@ -171,10 +173,18 @@ fn owners<'m>(mesh: &'m Mesh<'m>, diags: &mut Diagnostics) -> Owners<'m> {
     owners
 }
 
-fn default_route(clusters: &mut Clusters<'_>, service: &Service, port: u16) -> Option<Arc<Route>> {
+fn default_route(
+    mesh: &Mesh<'_>,
+    clusters: &mut Clusters<'_>,
+    service: &Service,
+    port: u16,
+) -> Option<Arc<Route>> {
     let found = clusters.find(&service.host, Some(port), None, "");
     let super::clusters::Found::Cluster(cluster) = found else { return None };
-    Some(Arc::new(Route::new("default", RouteMatch::default(), Arc::new(RouteAction::forward(cluster)))))
+    let mut forward = Forward::new(Weighted::single(Destination::new(cluster)));
+    forward.retry = retry::default(mesh);
+    let action = RouteAction::new(ActionKind::Forward(forward));
+    Some(Arc::new(Route::new("default", RouteMatch::default(), Arc::new(action))))
 }
 
 /// Adds the virtual hosts of a service: at each of its ports, and for requests that name no port at 80, else at its

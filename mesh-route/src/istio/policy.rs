@@ -5,11 +5,13 @@ use std::time::Duration;
 use mesh_core::UpstreamTls;
 use mesh_core::config::Role;
 use mesh_core::istio::effective::destination_rule::EffectivePolicy;
-use mesh_core::istio::types::destination_rule::{ClientTlsMode, H2UpgradePolicy, SimpleLb};
+use mesh_core::istio::types::destination_rule::{self as istio, ClientTlsMode, H2UpgradePolicy, SimpleLb};
 use mesh_core::registry::{AppProtocol, ServicePort};
 
 use super::mesh::Mesh;
 use crate::cluster::{BalancerKind, ClusterSpec, PoolSettings, TcpKeepalive, UpstreamProtocol};
+use crate::outlier::OutlierDetection;
+use crate::retry::RetryBudget;
 
 /// Puts a policy into a cluster.
 pub(super) fn apply(
@@ -32,6 +34,8 @@ pub(super) fn apply(
     if let Some(rate) = mesh.config.dns_refresh_rate {
         spec.dns_refresh_rate = rate.to_std();
     }
+    spec.outlier_detection = policy.outlier_detection.map(|settings| outlier_detection(settings, mesh));
+    spec.retry_budget = policy.retry_budget.map(retry_budget);
     spec.protocol = protocol(policy, mesh, port.protocol);
     spec.tls = match policy.tls.map(|tls| tls.mode) {
         None | Some(ClientTlsMode::Disable) => UpstreamTls::Disable,
@@ -60,13 +64,63 @@ fn protocol(policy: &EffectivePolicy<'_>, mesh: &Mesh<'_>, declared: AppProtocol
     }
 }
 
+fn outlier_detection(settings: &istio::OutlierDetection, mesh: &Mesh<'_>) -> OutlierDetection {
+    let defaults = OutlierDetection::default();
+    // In 1.1 the one threshold was that of gateway errors, and it still is where it is the only one that is given.
+    let legacy = u32::try_from(settings.consecutive_errors).ok().filter(|errors| *errors > 0);
+    let (default_5xx, default_gateway) = match (legacy, mesh.cx.compat) {
+        (Some(errors), _) if settings.consecutive_gateway_errors.is_none() => (0, errors),
+        (None, mesh_core::Compat::V1_1) => (0, defaults.consecutive_5xx),
+        _ => (defaults.consecutive_5xx, 0),
+    };
+    let or = |value: Option<Duration>, default| value.filter(|value| !value.is_zero()).unwrap_or(default);
+    OutlierDetection {
+        consecutive_5xx: settings.consecutive_5xx_errors.unwrap_or(default_5xx),
+        consecutive_gateway: settings.consecutive_gateway_errors.unwrap_or(default_gateway),
+        consecutive_local_origin: settings
+            .consecutive_local_origin_failures
+            .unwrap_or(defaults.consecutive_local_origin),
+        split_local_origin: settings.split_external_local_origin_errors,
+        interval: or(settings.interval.map(|interval| interval.to_std()), defaults.interval),
+        base_ejection_time: or(
+            settings.base_ejection_time.map(|time| time.to_std()),
+            defaults.base_ejection_time,
+        ),
+        max_ejection_time: defaults.max_ejection_time,
+        max_ejection_percent: u32::try_from(settings.max_ejection_percent)
+            .ok()
+            .filter(|percent| *percent > 0)
+            .unwrap_or(defaults.max_ejection_percent),
+        error_codes: settings
+            .outlier_detection_http_error_codes
+            .iter()
+            .filter_map(|code| u16::try_from(*code).ok())
+            .collect(),
+    }
+}
+
+fn retry_budget(settings: &istio::RetryBudget) -> RetryBudget {
+    let defaults = RetryBudget::default();
+    RetryBudget {
+        percent: settings.percent.map_or(defaults.percent, |percent| percent.value),
+        min_retry_concurrency: match settings.min_retry_concurrency {
+            0 => defaults.min_retry_concurrency,
+            concurrency => concurrency,
+        },
+        interval: settings.budget_interval.map(|interval| interval.to_std()).unwrap_or_default(),
+    }
+}
+
 fn pool(policy: &EffectivePolicy<'_>, mesh: &Mesh<'_>) -> PoolSettings {
     let tcp = policy.connection_pool.and_then(|pool| pool.tcp.as_ref());
     let http = policy.connection_pool.and_then(|pool| pool.http.as_ref());
     let defaults = match mesh.cx.compat {
-        mesh_core::Compat::V1_1 => {
-            PoolSettings { max_pending_requests: 1024, max_requests: 1024, ..PoolSettings::default() }
-        }
+        mesh_core::Compat::V1_1 => PoolSettings {
+            max_pending_requests: 1024,
+            max_requests: 1024,
+            max_retries: 1024,
+            ..PoolSettings::default()
+        },
         _ => PoolSettings::default(),
     };
     // 0 cannot be told from not written, and means the default.
@@ -86,6 +140,7 @@ fn pool(policy: &EffectivePolicy<'_>, mesh: &Mesh<'_>) -> PoolSettings {
             defaults.max_pending_requests,
         ),
         max_requests: or(http.map(|http| http.http2_max_requests), defaults.max_requests),
+        max_retries: or(http.map(|http| http.max_retries), defaults.max_retries),
         max_requests_per_connection: http
             .and_then(|http| u32::try_from(http.max_requests_per_connection).ok())
             .filter(|most| *most > 0),

@@ -13,6 +13,7 @@ mod gateway;
 mod l4;
 mod mesh_config;
 mod ports;
+mod retry;
 mod service_entry;
 mod sidecar;
 mod support;

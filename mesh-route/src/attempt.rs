@@ -1,0 +1,521 @@
+//! One try: a place in the limits, an endpoint, a connection, the exchange up to the head of the response.
+//!
+//! What a try holds is in its guards, so that one that is dropped at any await leaves every count exact. A try that
+//! was dropped says nothing of its endpoint; one that ended tells outlier detection how.
+//!
+//! **One exchange, exact books.** The request's place in the limits, its count at the endpoint and its connection are
+//! held by the *body* of the response, and given back when that ends or is dropped. A connection goes back to the
+//! pool only after a whole response, and is used again only when hyper says that both bodies are done.
+//!
+//! **Upgrades.** Bytes flow when the upstream has answered 101, never before; the tunnel holds the books of its request
+//! and ends with the connection's drain.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::HOST;
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version};
+use http_body::{Body as _, Frame};
+use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use mesh_core::{
+    Body, BodyHook, EndOfBody, Error, ErrorKind, RequestContext, ResponseFlags, Side, UpstreamInfo,
+};
+
+use crate::cluster::{BalancerKind, Cluster, Discovery, UpstreamProtocol};
+use crate::endpoint::{Endpoint, InFlight};
+use crate::outlier::Observation;
+use crate::pool::{exchange_error, h1, h2, overflow};
+use crate::runtime::{ClusterRuntime, Permit};
+use crate::shard::Shard;
+use crate::timeout::Deadline;
+
+const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
+const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
+/// How often an unsent request is put on another connection. Idle connections may all have died together, so the
+/// last try is always on a new one.
+const UNSENT_TRIES: u32 = 4;
+
+/// How often another endpoint is asked for when one was tried already, as Istio sets it.
+const HOST_SELECTIONS: usize = 5;
+
+/// Where one request goes and for whom.
+pub(crate) struct Attempt<'a> {
+    pub(crate) shard: &'a Arc<Shard>,
+    pub(crate) cx: &'a RequestContext,
+    pub(crate) cluster: &'a Arc<Cluster>,
+    pub(crate) runtime: &'a Arc<ClusterRuntime>,
+    pub(crate) version: Version,
+    pub(crate) upgrade: bool,
+    /// The endpoint of the try that is under way, for a timeout that ends it from outside.
+    current: Mutex<Option<Arc<Endpoint>>>,
+}
+
+/// How long a try may take, from the whole request to the head of its response.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Limits {
+    /// For the try.
+    pub(crate) per_try: Option<Duration>,
+    /// Without anything being received; goes on while the body of the response is.
+    pub(crate) idle: Option<Duration>,
+}
+
+/// The head of a response, and what the try holds.
+pub(crate) struct Answer {
+    pub(crate) response: Response<Incoming>,
+    /// A frame of the body that was read already.
+    first: Option<Result<Frame<Bytes>, hyper::Error>>,
+    pub(crate) grpc_status: Option<u16>,
+    books: Books,
+    took: Duration,
+}
+
+/// A try without an answer.
+pub(crate) struct Failure {
+    pub(crate) error: Error,
+    /// The request is in its place again, whole: nothing of it was sent.
+    pub(crate) unsent: bool,
+    /// Where it failed.
+    pub(crate) endpoint: Option<u64>,
+}
+
+enum Lease {
+    Http1(h1::Lease),
+    Http2(h2::Lease),
+}
+
+impl<'a> Attempt<'a> {
+    pub(crate) fn new(
+        shard: &'a Arc<Shard>,
+        cx: &'a RequestContext,
+        cluster: &'a Arc<Cluster>,
+        runtime: &'a Arc<ClusterRuntime>,
+        version: Version,
+        upgrade: bool,
+    ) -> Self {
+        Self { shard, cx, cluster, runtime, version, upgrade, current: Mutex::default() }
+    }
+
+    /// Tries once. `tried` are the ids of endpoints to avoid while there are others.
+    pub(crate) async fn once(
+        &self,
+        request: &mut Request<Body>,
+        limits: Limits,
+        tried: &[u64],
+    ) -> Result<Answer, Failure> {
+        let unsent = |error| Failure { error, unsent: true, endpoint: None };
+        let most = self.cluster.spec().pool.max_requests;
+        let permit = Permit::acquire(self.runtime, |runtime| &runtime.requests, most)
+            .ok_or_else(|| unsent(overflow(self.runtime)))?;
+        let started = mesh_core::clock::now();
+        let number = self.cx.count_attempt();
+        let count = if number == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(number) };
+        request.headers_mut().insert(ATTEMPT_COUNT, count);
+        let http2 = self.speaks_http2();
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let endpoint = self.pick(tried).map_err(unsent)?;
+            let failure = |error, unsent| Failure { error, unsent, endpoint: Some(endpoint.id()) };
+            let in_flight = endpoint.start_request();
+            self.began(&endpoint);
+            let mut lease = match self.open(&endpoint, http2) {
+                Some(lease) => lease,
+                // Boxed: a connection costs more than a box, and the future of every request would hold its making.
+                None => match Box::pin(self.lease(&endpoint, http2)).await {
+                    Ok(lease) => lease,
+                    Err(error) => {
+                        self.observe_failure(&endpoint, error.kind());
+                        return Err(failure(error, true));
+                    }
+                },
+            };
+            self.note(&endpoint, &mut lease);
+            let mut taken = std::mem::take(request);
+            let limit = Limit::new(limits, &mut taken);
+            let sent = match &mut lease {
+                Lease::Http1(lease) => within(limit, lease.send(taken)).await,
+                Lease::Http2(lease) => within(limit, lease.send(taken)).await,
+            };
+            match sent {
+                Ok(Ok(response)) => {
+                    let grpc_status = response.headers().get(GRPC_STATUS).and_then(grpc_code);
+                    let answer = Answer {
+                        response,
+                        first: None,
+                        grpc_status,
+                        books: Books {
+                            lease: Some(lease),
+                            endpoint: Arc::clone(&endpoint),
+                            _in_flight: in_flight,
+                            _permit: permit,
+                        },
+                        took: mesh_core::clock::now().saturating_duration_since(started),
+                    };
+                    return Ok(answer);
+                }
+                // Provably not written.
+                Ok(Err(mut failed)) => match failed.take_message() {
+                    Some(unsent) if tries < UNSENT_TRIES => *request = unsent,
+                    message => {
+                        let error = exchange_error(failed.into_error());
+                        self.observe_failure(&endpoint, error.kind());
+                        let unsent = message.is_some();
+                        if let Some(message) = message {
+                            *request = message;
+                        }
+                        return Err(failure(error, unsent));
+                    }
+                },
+                Err(late) => {
+                    self.observe_failure(&endpoint, ErrorKind::Timeout);
+                    return Err(failure(late, false));
+                }
+            }
+        }
+    }
+
+    /// Whether the upstream is spoken to over HTTP/2.
+    pub(crate) fn speaks_http2(&self) -> bool {
+        !self.upgrade
+            && match self.cluster.spec().protocol {
+                UpstreamProtocol::Http1 => false,
+                UpstreamProtocol::Http2 => true,
+                UpstreamProtocol::Downstream => self.version == Version::HTTP_2,
+            }
+    }
+
+    /// The timeout of the route has passed during the try.
+    pub(crate) fn timed_out(&self) {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(endpoint) = current {
+            self.observe_failure(&endpoint, ErrorKind::Timeout);
+        }
+    }
+
+    /// Tells outlier detection of an answer.
+    pub(crate) fn observe(&self, answer: &Answer) {
+        if let Some(config) = &self.cluster.spec().outlier_detection {
+            *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            let seen = Observation::of_response(answer.response.status(), answer.grpc_status);
+            self.runtime.observe(config, &answer.books.endpoint, seen, || self.cluster.endpoints().len());
+        }
+    }
+
+    fn observe_failure(&self, endpoint: &Endpoint, kind: ErrorKind) {
+        if let Some(config) = &self.cluster.spec().outlier_detection
+            && let Some(seen) = Observation::of_failure(kind)
+        {
+            *self.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            self.runtime.observe(config, endpoint, seen, || self.cluster.endpoints().len());
+        }
+    }
+
+    fn began(&self, endpoint: &Arc<Endpoint>) {
+        if self.cluster.spec().outlier_detection.is_some() {
+            *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(endpoint));
+        }
+    }
+
+    /// An endpoint, if possible one that was not tried; after some draws the last one.
+    fn pick(&self, tried: &[u64]) -> Result<Arc<Endpoint>, Error> {
+        self.runtime.let_return(mesh_core::clock::now);
+        let mut picked = self.pick_any()?;
+        for _ in 1..HOST_SELECTIONS {
+            if !tried.contains(&picked.id()) {
+                break;
+            }
+            picked = self.pick_any()?;
+        }
+        Ok(picked)
+    }
+
+    fn pick_any(&self) -> Result<Arc<Endpoint>, Error> {
+        let spec = self.cluster.spec();
+        let original = self.cx.conn().original_dst;
+        let endpoint = match (&spec.discovery, spec.balancer) {
+            (Discovery::OriginalDst, _) | (_, BalancerKind::Passthrough) => {
+                original.map(|addr| self.runtime.endpoint(addr))
+            }
+            (Discovery::OriginalDstPort(port), _) => original.map(|mut addr| {
+                addr.set_port(*port);
+                self.runtime.endpoint(addr)
+            }),
+            (_, kind) => self.shard.pick(kind, self.runtime, &self.cluster.endpoints()),
+        };
+        endpoint.ok_or_else(|| {
+            Error::new(
+                ErrorKind::NoHealthyUpstream,
+                StatusCode::SERVICE_UNAVAILABLE,
+                ResponseFlags::NO_HEALTHY_UPSTREAM,
+                "no_healthy_upstream",
+            )
+            .with_body("no healthy upstream")
+        })
+    }
+
+    /// What is open already, if it has room.
+    fn open(&self, endpoint: &Endpoint, http2: bool) -> Option<Lease> {
+        if http2 {
+            h2::Lease::idle(self.shard, endpoint).map(Lease::Http2)
+        } else {
+            h1::Lease::idle(self.shard, endpoint).map(Lease::Http1)
+        }
+    }
+
+    async fn lease(&self, endpoint: &Arc<Endpoint>, http2: bool) -> Result<Lease, Error> {
+        let spec = self.cluster.spec();
+        let leased = if http2 {
+            h2::Lease::acquire(self.shard, self.runtime, spec, endpoint).await.map(Lease::Http2)
+        } else {
+            h1::Lease::acquire(self.shard, self.runtime, spec, endpoint).await.map(Lease::Http1)
+        };
+        leased.inspect_err(|error| {
+            if let Some(source) = std::error::Error::source(error) {
+                self.cx.set_transport_failure(source.to_string());
+            }
+        })
+    }
+
+    fn note(&self, endpoint: &Endpoint, lease: &mut Lease) {
+        let mut upstream = UpstreamInfo::new(self.cluster.name().shared());
+        upstream.endpoint = Some(endpoint.addr());
+        upstream.local = match lease {
+            Lease::Http1(lease) => lease.meta().local,
+            Lease::Http2(lease) => lease.local(),
+        };
+        self.cx.set_upstream(upstream);
+    }
+
+    /// Makes the answer that of the request.
+    pub(crate) fn respond(
+        &self,
+        answer: Answer,
+        idle: Option<Duration>,
+        on_upgrade: Option<OnUpgrade>,
+    ) -> Result<Response<Body>, Error> {
+        let Answer { mut response, first, books, took, .. } = answer;
+        self.cx.set_details("via_upstream");
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            let Some(downstream) = on_upgrade else {
+                return Err(Error::new(
+                    ErrorKind::UpstreamProtocol,
+                    StatusCode::BAD_GATEWAY,
+                    ResponseFlags::UPSTREAM_PROTOCOL_ERROR,
+                    "upstream_reset_before_response_started{protocol_error}",
+                ));
+            };
+            let upstream = hyper::upgrade::on(&mut response);
+            tokio::spawn(tunnel(downstream, upstream, books, self.cx.clone()));
+            return Ok(response.map(|_| Body::empty()));
+        }
+        response.headers_mut().insert(SERVICE_TIME, HeaderValue::from(took.as_millis() as u64));
+        // Over HTTP/2 an upstream can send a body where there is none; HTTP/1.1 would read it as the next answer.
+        let bodiless = matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+        Ok(response.map(|incoming| {
+            let mut body = Body::from_incoming(incoming, Side::Upstream);
+            if let Some(first) = first {
+                body = body.after(first.map_err(|error| mesh_core::body::read_error(error, Side::Upstream)));
+            }
+            if bodiless && !body.is_end_stream() {
+                books.close(false);
+                Body::empty()
+            } else if body.is_end_stream() {
+                books.close(true);
+                body
+            } else {
+                let body = body.with_hook(books);
+                match idle {
+                    Some(idle) => crate::timeout::bound_idle(body, idle),
+                    None => body,
+                }
+            }
+        }))
+    }
+}
+
+impl Answer {
+    /// The endpoint that gave it.
+    pub(crate) fn endpoint(&self) -> u64 {
+        self.books.endpoint.id()
+    }
+
+    /// Looks whether the trailers follow the head at once: where an upstream says so late that a call has failed. What
+    /// is not there is not waited for.
+    pub(crate) async fn peek_trailers(&mut self) {
+        if self.grpc_status.is_some() || self.response.body().is_end_stream() {
+            return;
+        }
+        if let Some(Some(frame)) = frame_now(self.response.body_mut()).await {
+            let trailers = frame.as_ref().ok().and_then(Frame::trailers_ref);
+            self.grpc_status = trailers.and_then(|trailers| trailers.get(GRPC_STATUS)).and_then(grpc_code);
+            self.first = Some(frame);
+        }
+    }
+
+    /// Gives up the answer for another try. What of its body is there already is read, so that the connection can be
+    /// kept.
+    pub(crate) async fn discard(self) {
+        let Self { response, books, .. } = self;
+        let mut body = response.into_body();
+        for _ in 0..DISCARDED_FRAMES {
+            match frame_now(&mut body).await {
+                Some(None) => return books.close(true),
+                Some(Some(Ok(_))) => {}
+                _ => return books.close(false),
+            }
+        }
+        books.close(body.is_end_stream());
+    }
+}
+
+/// The next frame, if it is there already: `None` when it is not, `Some(None)` at the end.
+async fn frame_now(body: &mut Incoming) -> Option<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    poll_fn(|cx| {
+        Poll::Ready(match Pin::new(&mut *body).poll_frame(cx) {
+            Poll::Ready(frame) => Some(frame),
+            Poll::Pending => None,
+        })
+    })
+    .await
+}
+
+/// Frames of an answer that is given up which are read to keep its connection.
+const DISCARDED_FRAMES: u32 = 4;
+
+fn grpc_code(value: &HeaderValue) -> Option<u16> {
+    value.to_str().ok()?.parse().ok()
+}
+
+/// The timer of a try.
+struct Limit {
+    deadline: Deadline,
+    error: fn() -> Error,
+}
+
+impl Limit {
+    fn new(limits: Limits, request: &mut Request<Body>) -> Option<Self> {
+        let (timeout, error): (_, fn() -> Error) = match (limits.per_try, limits.idle) {
+            (Some(per_try), Some(idle)) if idle < per_try => (idle, crate::timeout::idle),
+            (Some(per_try), _) => (per_try, crate::timeout::per_try),
+            (None, Some(idle)) => (idle, crate::timeout::idle),
+            (None, None) => return None,
+        };
+        let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
+        *request.body_mut() = body;
+        Some(Self { deadline, error })
+    }
+}
+
+type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
+
+async fn within(limit: Option<Limit>, sending: impl Future<Output = Sent>) -> Result<Sent, Error> {
+    match limit {
+        None => Ok(sending.await),
+        Some(Limit { deadline, error }) => {
+            // Boxed: the future of every request would hold the timer.
+            let timed = Box::pin(async move { deadline.passed().await });
+            tokio::select! {
+                biased;
+                sent = sending => Ok(sent),
+                () = timed => Err(error()),
+            }
+        }
+    }
+}
+
+/// What a request holds until its response has ended.
+struct Books {
+    lease: Option<Lease>,
+    endpoint: Arc<Endpoint>,
+    _in_flight: InFlight,
+    _permit: Permit,
+}
+
+impl Books {
+    /// Gives everything back; the connection too, when the response came whole.
+    fn close(mut self, whole: bool) {
+        self.end(whole);
+    }
+
+    fn end(&mut self, whole: bool) {
+        if let Some(Lease::Http1(lease)) = self.lease.take()
+            && whole
+        {
+            lease.give_back();
+        }
+    }
+}
+
+impl BodyHook for Books {
+    fn on_end(&mut self, end: EndOfBody<'_>) {
+        self.end(matches!(end, EndOfBody::Complete));
+    }
+}
+
+/// Copies between two upgraded connections until both directions have ended or the drain cuts them.
+async fn tunnel(downstream: OnUpgrade, upstream: OnUpgrade, books: Books, cx: RequestContext) {
+    let copy = async {
+        let (downstream, upstream) = tokio::try_join!(downstream, upstream)?;
+        tokio::io::copy_bidirectional(&mut TokioIo::new(downstream), &mut TokioIo::new(upstream))
+            .await
+            .map_err(mesh_core::BoxError::from)
+    };
+    tokio::select! {
+        ended = copy => {
+            if let Err(error) = ended {
+                tracing::debug!(%error, "a tunnel broke");
+            }
+        }
+        () = cx.cut() => {}
+    }
+    drop(books);
+}
+
+/// Puts the request in the form of the upstream's protocol.
+pub(crate) fn prepare(request: &mut Request<Body>, http2: bool, cx: &RequestContext) -> Result<(), Error> {
+    // Extensions are the downstream's business; hyper would keep them alive with the exchange.
+    request.extensions_mut().clear();
+    if http2 {
+        *request.version_mut() = Version::HTTP_2;
+        if request.uri().authority().is_none() {
+            let host = request.headers_mut().remove(HOST);
+            let authority = host.as_ref().map(|host| Authority::try_from(host.as_bytes()));
+            let Some(Ok(authority)) = authority else {
+                return Err(Error::new(
+                    ErrorKind::BadRequest,
+                    StatusCode::BAD_REQUEST,
+                    ResponseFlags::DOWNSTREAM_PROTOCOL_ERROR,
+                    "missing_host_header",
+                ));
+            };
+            let mut uri = std::mem::take(request.uri_mut()).into_parts();
+            uri.authority = Some(authority);
+            uri.scheme.get_or_insert(if cx.conn().tls { Scheme::HTTPS } else { Scheme::HTTP });
+            uri.path_and_query.get_or_insert(PathAndQuery::from_static("/"));
+            *request.uri_mut() = Uri::from_parts(uri).map_err(Error::internal)?;
+        } else {
+            request.headers_mut().remove(HOST);
+        }
+        return Ok(());
+    }
+    *request.version_mut() = Version::HTTP_11;
+    if let Some(authority) = request.uri().authority() {
+        if !request.headers().contains_key(HOST) {
+            let host = HeaderValue::from_str(authority.as_str()).map_err(Error::internal)?;
+            request.headers_mut().insert(HOST, host);
+        }
+        let path = request.uri().path_and_query().cloned();
+        *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
+    }
+    Ok(())
+}

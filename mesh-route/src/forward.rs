@@ -1,0 +1,274 @@
+//! A request on its way to one of a route's clusters: the destination, the mirrors, the time it may take, the tries.
+//!
+//! In this order: the weighted destination (chosen once), its header operations, the rewrite, the mirrors, the timeout
+//! of the route around everything that follows, then tries until one is good or a limit says stop.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use http::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
+use hyper::upgrade::OnUpgrade;
+use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
+
+use crate::attempt::{self, Answer, Attempt, Failure, Limits};
+use crate::cluster::Discovery;
+use crate::headers::FormatContext;
+use crate::headers_layer::AfterRoute;
+use crate::overrides::Overrides;
+use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, is_idempotent};
+use crate::route::{Destination, Forward, Route};
+use crate::runtime::Permit;
+use crate::shard::Shard;
+use crate::timeout::{self, Deadline, Timeouts};
+
+/// The request stays where it is and is passed by reference until it is sent: what an async function takes by value
+/// lies in its future once more, and futures are copied.
+pub(crate) async fn forward(
+    shard: &Arc<Shard>,
+    forward: &Forward,
+    cx: &RequestContext,
+    request: &mut Request<Body>,
+) -> Result<Response<Body>, Error> {
+    let destination = forward.destinations.pick(&mut shard.lock().rng);
+    cx.set_upstream(UpstreamInfo::new(destination.name.shared()));
+    let known = destination.cluster.as_ref().and_then(|cluster| Some((cluster, cluster.runtime()?)));
+    let Some((cluster, runtime)) = known else {
+        return Err(Error::local_reply(
+            StatusCode::SERVICE_UNAVAILABLE,
+            ResponseFlags::NO_CLUSTER_FOUND,
+            "cluster_not_found",
+        ));
+    };
+    if cluster.spec().discovery == Discovery::BlackHole {
+        return Err(Error::local_reply(StatusCode::BAD_GATEWAY, ResponseFlags::NONE, "direct_response"));
+    }
+    let version = request.version();
+    let on_upgrade = take_upgrade(request);
+    edit(request, forward, destination, cx)?;
+    let overrides = forward.client_overrides.then(|| Overrides::take(request.headers_mut()));
+    let overrides = overrides.flatten();
+    let timeouts = Timeouts::of(forward, overrides.as_deref(), request.headers(), cx);
+    let deadline = timeouts.route.map(|timeout| {
+        let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
+        *request.body_mut() = body;
+        deadline
+    });
+    let attempt = Attempt::new(shard, cx, cluster, runtime, version, on_upgrade.is_some());
+    let mut response = {
+        let policy = match &overrides {
+            None => Cow::Borrowed(&forward.retry),
+            Some(overrides) => Cow::Owned(overrides.retry(&forward.retry)),
+        };
+        let tries = Tries { attempt: &attempt, policy, timeouts, grpc: is_grpc(request.headers()) };
+        let exchange = std::pin::pin!(tries.run(request, on_upgrade));
+        match deadline {
+            None => exchange.await,
+            Some(deadline) => match deadline.bound(exchange).await {
+                Some(response) => response,
+                None => {
+                    attempt.timed_out();
+                    Err(timeout::route())
+                }
+            },
+        }
+    };
+    apply_response_headers(destination, cx, version, &mut response);
+    response
+}
+
+/// The tries of one request.
+struct Tries<'a> {
+    attempt: &'a Attempt<'a>,
+    policy: Cow<'a, RetryPolicy>,
+    timeouts: Timeouts,
+    grpc: bool,
+}
+
+/// What a request has once it is tried again.
+#[derive(Default)]
+struct Again {
+    tried: Vec<u64>,
+    /// Counts the retry in its cluster, from the decision to the head of its answer.
+    _permit: Option<Permit>,
+}
+
+/// Why there is no other try.
+enum Last {
+    /// It is good, or nothing that is worth another.
+    Good,
+    /// A limit says stop, and this flag says which.
+    Limit(ResponseFlags),
+}
+
+impl Tries<'_> {
+    async fn run(
+        &self,
+        request: &mut Request<Body>,
+        on_upgrade: Option<OnUpgrade>,
+    ) -> Result<Response<Body>, Error> {
+        let (attempt, policy) = (self.attempt, &*self.policy);
+        let http2 = attempt.speaks_http2();
+        attempt::prepare(request, http2, attempt.cx)?;
+        let idempotent = !policy.only_idempotent || is_idempotent(request.method(), request.headers());
+        let class = match policy.class(self.grpc, http2, idempotent) {
+            // What was upgraded is not repeated.
+            RetryClass::Replay if attempt.upgrade => RetryClass::Connect,
+            class => class,
+        };
+        attempt.runtime.count_request(attempt.cluster.spec());
+        let replay = (class == RetryClass::Replay).then(|| Box::new(Replay::of(request)));
+        let limits = Limits { per_try: self.timeouts.per_try, idle: self.timeouts.idle };
+        let mut again: Option<Box<Again>> = None;
+        let mut retries = 0;
+        loop {
+            self.timeouts.announce(request.headers_mut(), self.grpc);
+            let tried = match &again {
+                Some(again) if policy.ignore_previous_hosts => again.tried.as_slice(),
+                _ => &[],
+            };
+            let mut outcome = attempt.once(request, limits, tried).await;
+            if let Ok(answer) = &mut outcome {
+                if replay.is_some() && self.grpc && retries < policy.attempts {
+                    answer.peek_trailers().await;
+                }
+                attempt.observe(answer);
+            }
+            let wanted = class != RetryClass::Never && policy.wants(&seen(&outcome), idempotent);
+            let next = if wanted { self.next(&outcome, replay.as_deref(), retries) } else { Err(Last::Good) };
+            let (next, permit) = match next {
+                Ok(next) => next,
+                Err(last) => {
+                    if let Last::Limit(flag) = last {
+                        attempt.cx.add_flags(flag);
+                    }
+                    return match outcome {
+                        Ok(answer) => attempt.respond(answer, limits.idle, on_upgrade),
+                        Err(failure) => Err(failure.error),
+                    };
+                }
+            };
+            retries += 1;
+            let again = again.get_or_insert_default();
+            again._permit = Some(permit);
+            again.tried.extend(match &outcome {
+                Ok(answer) => Some(answer.endpoint()),
+                Err(failure) => failure.endpoint,
+            });
+            if let Some(next) = next {
+                *request = next;
+            }
+            Box::pin(self.pause(outcome, retries)).await;
+        }
+    }
+
+    /// The request for another try, where it is not in its place already, and a place among the retries of the cluster.
+    fn next(
+        &self,
+        outcome: &Result<Answer, Failure>,
+        replay: Option<&Replay>,
+        retries: u32,
+    ) -> Result<(Option<Request<Body>>, Permit), Last> {
+        if retries >= self.policy.attempts {
+            return Err(Last::Limit(ResponseFlags::UPSTREAM_RETRY_LIMIT_EXCEEDED));
+        }
+        let request = match outcome {
+            Err(Failure { unsent: true, .. }) => None,
+            _ => match replay.and_then(Replay::request) {
+                Some(request) => Some(request),
+                None => return Err(Last::Limit(ResponseFlags::UPSTREAM_RETRY_LIMIT_EXCEEDED)),
+            },
+        };
+        match self.attempt.runtime.admit_retry(self.attempt.cluster.spec()) {
+            Some(permit) => Ok((request, permit)),
+            None => Err(Last::Limit(ResponseFlags::UPSTREAM_OVERFLOW)),
+        }
+    }
+
+    /// Lets go of what failed, and waits.
+    async fn pause(&self, outcome: Result<Answer, Failure>, retry: u32) {
+        if let Ok(answer) = outcome {
+            answer.discard().await;
+        }
+        let pause = self.policy.backoff.before(retry, &mut self.attempt.shard.lock().rng);
+        tokio::time::sleep(pause).await;
+    }
+}
+
+fn seen(outcome: &Result<Answer, Failure>) -> Outcome<'_> {
+    match outcome {
+        Ok(answer) => Outcome::Response {
+            status: answer.response.status(),
+            headers: answer.response.headers(),
+            grpc_status: answer.grpc_status,
+        },
+        Err(failure) => Outcome::Failed(failure.error.kind()),
+    }
+}
+
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let rest = headers.get(CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"));
+    rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+}
+
+/// The destination's header operations, then the rewrite.
+fn edit(
+    request: &mut Request<Body>,
+    forward: &Forward,
+    destination: &Destination,
+    cx: &RequestContext,
+) -> Result<(), Error> {
+    if !destination.request_headers.is_empty() {
+        destination.request_headers.apply_to_request(request, cx);
+    }
+    forward.rewrite.apply_path(request)?;
+    if let Some(authority) = forward.rewrite.authority.as_ref().or(destination.authority.as_ref()) {
+        set_authority(request, authority.clone());
+    }
+    Ok(())
+}
+
+/// The downstream's upgrade, when the request asks for one over HTTP/1.1.
+fn take_upgrade(request: &mut Request<Body>) -> Option<OnUpgrade> {
+    let on_upgrade = request.extensions_mut().remove::<OnUpgrade>();
+    let headers = request.headers();
+    let asked = request.version() == Version::HTTP_11
+        && headers.contains_key(UPGRADE)
+        && headers.get_all(CONNECTION).iter().any(|value| {
+            value
+                .to_str()
+                .is_ok_and(|value| value.split(',').any(|token| token.trim().eq_ignore_ascii_case("upgrade")))
+        });
+    on_upgrade.filter(|_| asked)
+}
+
+/// Replaces the authority where the request has it.
+fn set_authority(request: &mut Request<Body>, authority: HeaderValue) {
+    if request.uri().authority().is_some() {
+        let path = request.uri().path_and_query().cloned();
+        *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
+    }
+    request.headers_mut().insert(HOST, authority);
+}
+
+fn apply_response_headers(
+    destination: &Destination,
+    cx: &RequestContext,
+    version: Version,
+    response: &mut Result<Response<Body>, Error>,
+) {
+    if destination.response_headers.is_empty() {
+        return;
+    }
+    let format = FormatContext { request: None, context: cx, version };
+    // Those of the route come first (VS-R04), so the layer that applies them goes on with these.
+    let after_route = || cx.route::<Route>().is_some_and(|route| !route.action().response_headers.is_empty());
+    match response {
+        Ok(response) if after_route() => {
+            response.extensions_mut().insert(AfterRoute(destination.response_headers.clone()));
+        }
+        Ok(response) => destination.response_headers.apply(response.headers_mut(), &format),
+        Err(error) => destination.response_headers.apply(error.headers_mut(), &format),
+    }
+}

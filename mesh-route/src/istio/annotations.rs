@@ -1,0 +1,66 @@
+//! What Istio has no field for: extensions of ours, in annotations, off unless they are asked for.
+//!
+//! | annotation | on | value | what |
+//! |---|---|---|---|
+//! | `mesh.rs/retry` | VirtualService | `idempotent-only` | what is not idempotent is tried again only when nobody has seen it (VS-Y10) |
+//! | `mesh.rs/stream-idle-timeout` | VirtualService | a duration | how long nothing may be received of a response |
+//! | `mesh.rs/client-overrides` | VirtualService | `true` | Envoy's headers for timeouts and retries are followed (VS-T02) |
+
+use std::collections::BTreeMap;
+
+use mesh_core::diagnostics::{Diagnostics, DocId};
+use mesh_core::istio::types::common::Duration;
+
+const PREFIX: &str = "mesh.rs/";
+
+pub(super) const RETRY: &str = "mesh.rs/retry";
+pub(super) const IDEMPOTENT_ONLY: &str = "idempotent-only";
+pub(super) const STREAM_IDLE_TIMEOUT: &str = "mesh.rs/stream-idle-timeout";
+pub(super) const CLIENT_OVERRIDES: &str = "mesh.rs/client-overrides";
+
+type Judge = fn(&str) -> Result<(), String>;
+
+/// The annotations of a kind, each with the judge of its value.
+type Known = &'static [(&'static str, Judge)];
+
+pub(super) const VIRTUAL_SERVICE: Known = &[
+    (RETRY, |value| one_of(value, &[IDEMPOTENT_ONLY])),
+    (STREAM_IDLE_TIMEOUT, |value| duration(value).map(drop)),
+    (CLIENT_OVERRIDES, |value| one_of(value, &["true", "false"])),
+];
+
+pub(super) const DESTINATION_RULE: Known = &[];
+
+/// Reports annotations with our prefix that the kind does not have, and values that are none.
+pub(super) fn check(
+    annotations: &BTreeMap<String, String>,
+    known: Known,
+    doc: DocId,
+    diags: &mut Diagnostics,
+) {
+    for (name, value) in annotations.iter().filter(|(name, _)| name.starts_with(PREFIX)) {
+        let path = format!("metadata.annotations.{name}");
+        match known.iter().find(|(known, _)| known == name) {
+            None => diags.warning_at(doc, path, "no annotation of this kind has this name".to_owned()),
+            Some((_, judge)) => {
+                if let Err(reason) = judge(value) {
+                    diags.error_at(doc, path, format!("{value:?}: {reason}"));
+                }
+            }
+        }
+    }
+}
+
+/// A positive duration.
+pub(super) fn duration(value: &str) -> Result<std::time::Duration, String> {
+    let duration: Duration =
+        value.parse().map_err(|error: mesh_core::istio::types::common::InvalidDuration| error.to_string())?;
+    if duration.is_negative() || duration.is_zero() {
+        return Err("a time above zero is wanted".to_owned());
+    }
+    Ok(duration.to_std())
+}
+
+fn one_of(value: &str, known: &[&str]) -> Result<(), String> {
+    if known.contains(&value) { Ok(()) } else { Err(format!("known are {}", known.join(", "))) }
+}

@@ -1,0 +1,21 @@
+//! Retries: a request that failed is sent again, if its policy says so and its cluster can bear it.
+//!
+//! Three limits stack (VS-Y09): the attempts of the route, the budget and `maxRetries` of the cluster, and the timeout
+//! of the route, which covers every try and the time between. A retry that a limit refuses leaves the answer as it was
+//! and adds a flag: `URX` for the attempts, `UO` for the cluster.
+//!
+//! **What a retry costs before it happens.** Istio retries by default, so the default must be nearly free. A policy
+//! compiles to a [`RetryClass`]: for *Connect* nothing is kept, because what was not written comes back by itself;
+//! for *Replay* the head is cloned, and a body is recorded while it passes. What is more than 64 KiB, or has not
+//! ended when the answer comes, is not sent again (VS-Y08).
+
+mod backoff;
+mod budget;
+mod policy;
+mod replay;
+
+pub use backoff::Backoff;
+pub(crate) use budget::Recent;
+pub use budget::RetryBudget;
+pub use policy::{Outcome, RetryClass, RetryOn, RetryPolicy, UnknownCondition, is_idempotent};
+pub(crate) use replay::Replay;
