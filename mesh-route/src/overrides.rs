@@ -40,7 +40,11 @@ impl Overrides {
         for name in &RETRY_ON {
             // One word that nobody knows does not take the others away.
             let words = remove(headers, name).unwrap_or_default();
-            for on in words.split(',').filter(|word| !word.trim().is_empty()).filter_map(|word| RetryOn::parse(word).ok()) {
+            for on in words
+                .split(',')
+                .filter(|word| !word.trim().is_empty())
+                .filter_map(|word| RetryOn::parse(word).ok())
+            {
                 said.retry_on = Some(said.retry_on.unwrap_or_default().or(&on));
             }
         }

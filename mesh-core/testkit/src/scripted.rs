@@ -105,7 +105,8 @@ impl Scripted {
                             .serve_connection(io, service)
                             .await;
                     } else {
-                        let _ = hyper::server::conn::http1::Builder::new().serve_connection(io, service).await;
+                        let _ =
+                            hyper::server::conn::http1::Builder::new().serve_connection(io, service).await;
                     }
                 });
             }

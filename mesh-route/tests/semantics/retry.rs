@@ -16,7 +16,8 @@ fn yaml(upstreams: &[&Scripted], rule: &str, policy: &str) -> String {
     let separator = if rule.is_empty() { "" } else { ", " };
     yaml += &rules(&format!("  - {{route: [{{destination: {{host: reviews}}}}]{separator}{rule}}}"));
     if !policy.is_empty() {
-        yaml += &resource("DestinationRule", "policy", &format!("{{host: reviews, trafficPolicy: {policy}}}"));
+        yaml +=
+            &resource("DestinationRule", "policy", &format!("{{host: reviews, trafficPolicy: {policy}}}"));
     }
     yaml
 }
@@ -28,7 +29,10 @@ fn yaml_http2(upstreams: &[&Scripted], rule: &str) -> String {
 
 /// The policy that a rule compiles to.
 fn policy(rule: &str) -> RetryPolicy {
-    policy_in(&(service_in("default", "reviews", &[1]) + &rules(&format!("  - {{route: [{{destination: {{host: reviews}}}}]{rule}}}"))))
+    policy_in(
+        &(service_in("default", "reviews", &[1])
+            + &rules(&format!("  - {{route: [{{destination: {{host: reviews}}}}]{rule}}}"))),
+    )
 }
 
 fn policy_in(yaml: &str) -> RetryPolicy {
@@ -71,15 +75,23 @@ fn failing(times: usize, reply: Reply) -> impl Fn(&Seen) -> Reply + Send + Sync 
 #[tokio::test(start_paused = true)]
 async fn vs_y01_the_default_is_two_more_tries_of_what_was_not_processed() {
     assert_eq!(policy(""), RetryPolicy::istio_default());
-    assert_eq!(policy_in(&service_in("default", "reviews", &[1])), RetryPolicy::istio_default(), "without a rule too");
+    assert_eq!(
+        policy_in(&service_in("default", "reviews", &[1])),
+        RetryPolicy::istio_default(),
+        "without a rule too"
+    );
     assert_eq!(policy(", retries: {attempts: 0}").attempts, 0);
-    assert_eq!(policy(", retries: {attempts: 3}"), RetryPolicy { attempts: 3, ..RetryPolicy::istio_default() });
+    assert_eq!(
+        policy(", retries: {attempts: 3}"),
+        RetryPolicy { attempts: 3, ..RetryPolicy::istio_default() }
+    );
     refused(
         &rules("  - {route: [{destination: {host: reviews}}], retries: {attempts: 0, perTryTimeout: 1s}}"),
-        "spec.http[0].retries",
-        "attempts",
+        "spec.http[0].retries.attempts",
+        "0 turns retries off",
     );
-    let of_mesh = mesh("defaultHttpRetryPolicy: {attempts: 5, retryOn: 5xx}") + &service_in("default", "reviews", &[1]);
+    let of_mesh =
+        mesh("defaultHttpRetryPolicy: {attempts: 5, retryOn: 5xx}") + &service_in("default", "reviews", &[1]);
     assert_eq!((policy_in(&of_mesh).attempts, policy_in(&of_mesh).on.to_string()), (5, "5xx".to_owned()));
     // A 503 of the upstream is an answer, and is not asked for again.
     let up = Scripted::start("up", |_| Reply::Status(503)).await;
@@ -96,7 +108,8 @@ async fn vs_y01_at_most_one_more_request_than_attempts() {
     assert_eq!(status(&client, request).await, 500);
     assert_eq!(up.requests(), 4);
     assert_eq!((cx.attempts(), cx.flags().to_string()), (4, "URX".to_owned()));
-    let counts: Vec<_> = up.seen().iter().map(|seen| seen.header("x-envoy-attempt-count").unwrap().to_owned()).collect();
+    let counts: Vec<_> =
+        up.seen().iter().map(|seen| seen.header("x-envoy-attempt-count").unwrap().to_owned()).collect();
     assert_eq!(counts, ["1", "2", "3", "4"], "VS-X01");
 }
 
@@ -179,7 +192,8 @@ async fn vs_y04_answers_and_failures_by_token() {
         ("429", Reply::Headers(429, vec![("x-envoy-ratelimited", "true")]), 1),
     ] {
         let up = Scripted::start("up", failing(1, reply.clone())).await;
-        let client = compile(&yaml(&[&up], &format!("retries: {{attempts: 1, retryOn: '{token}'}}"), "")).client();
+        let client =
+            compile(&yaml(&[&up], &format!("retries: {{attempts: 1, retryOn: '{token}'}}"), "")).client();
         status(&client, get("http://reviews/")).await;
         assert_eq!(up.requests(), tries, "{token} {reply:?}");
     }
@@ -279,8 +293,16 @@ async fn vs_y08_a_body_is_replayed_up_to_64_kib() {
             let client = compile(&yaml).client();
             let (request, cx) = watched(post("x".repeat(bytes)));
             let status = status(&client, request).await;
-            assert_eq!((up.requests(), status), (tries, if tries == 1 { 500 } else { 200 }), "{bytes} {http2}");
-            assert_eq!(cx.flags().to_string(), if tries == 1 { "URX" } else { "-" }, "sent once, and flagged");
+            assert_eq!(
+                (up.requests(), status),
+                (tries, if tries == 1 { 500 } else { 200 }),
+                "{bytes} {http2}"
+            );
+            assert_eq!(
+                cx.flags().to_string(),
+                if tries == 1 { "URX" } else { "-" },
+                "sent once, and flagged"
+            );
             assert!(up.seen().iter().all(|seen| seen.body.len() == bytes), "B3: never a part of it");
         }
     }
@@ -289,8 +311,19 @@ async fn vs_y08_a_body_is_replayed_up_to_64_kib() {
 #[tokio::test(start_paused = true)]
 async fn b3_a_body_that_still_streams_is_not_sent_again() {
     // The upstream answers before it has the body, which has not ended.
-    let up = mesh_testkit::upstream::Recorder::start(b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n", false).await;
-    let yaml = service_in("default", "reviews", &[up.addr.port()])
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+            let mut head = [0; 4096];
+            assert!(stream.read(&mut head).await.unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+            // Open until the other side closes.
+            while stream.read(&mut head).await.is_ok_and(|read| read > 0) {}
+        }
+    });
+    let yaml = service_in("default", "reviews", &[addr.port()])
         + &rules("  - {route: [{destination: {host: reviews}}], retries: {attempts: 3, retryOn: 5xx}}");
     let client = compile(&yaml).client();
     let (sender, receiver) = tokio::sync::mpsc::channel(1);
@@ -359,7 +392,8 @@ async fn vs_y10_what_is_not_idempotent_is_not_repeated_when_asked_for() {
         yaml(&[up], "retries: {attempts: 1, retryOn: 5xx}", "")
             .replace("{name: reviews, namespace: default}\nspec:\n  hosts", "{name: reviews, namespace: default, annotations: {mesh.rs/retry: idempotent-only}}\nspec:\n  hosts")
     };
-    let keyed = |name: &str| Request::post("http://reviews/").header(name, "7").body(Body::full("pay")).unwrap();
+    let keyed =
+        |name: &str| Request::post("http://reviews/").header(name, "7").body(Body::full("pay")).unwrap();
     for (request, tries) in [
         (get("http://reviews/"), 2),
         (post("pay"), 1),
@@ -376,7 +410,10 @@ async fn vs_y10_what_is_not_idempotent_is_not_repeated_when_asked_for() {
         status(&client, request).await;
         assert_eq!(up.requests(), tries, "{what}");
     }
-    let nowhere = rules("  - {route: [{destination: {host: reviews}}]}").replace("namespace: default}", "namespace: default, annotations: {mesh.rs/retry: yes, mesh.rs/other: a}}");
+    let nowhere = rules("  - {route: [{destination: {host: reviews}}]}").replace(
+        "namespace: default}",
+        "namespace: default, annotations: {mesh.rs/retry: yes, mesh.rs/other: a}}",
+    );
     let (set, mut diags) = mesh_core::istio::ResourceSet::load(
         &[mesh_core::istio::SourceFile::new("<test>", nowhere)],
         &mesh_core::istio::LoadOptions::default(),
@@ -386,7 +423,10 @@ async fn vs_y10_what_is_not_idempotent_is_not_repeated_when_asked_for() {
         mesh_core::config::Compile::compile(&set, &cx, &mut diags);
     assert!(compiled.is_ok());
     let said = diags.to_string();
-    assert!(said.contains("metadata.annotations.mesh.rs/retry: \"yes\": known are idempotent-only"), "{said}");
+    assert!(
+        said.contains("metadata.annotations.mesh.rs/retry: \"yes\": known are idempotent-only"),
+        "{said}"
+    );
     assert!(said.contains("metadata.annotations.mesh.rs/other"), "{said}");
 }
 
