@@ -31,6 +31,7 @@ use mesh_core::{
 
 use crate::cluster::{BalancerKind, Cluster, Discovery, UpstreamProtocol};
 use crate::endpoint::{Endpoint, InFlight};
+use crate::fault::{AbortKind, Fault};
 use crate::outlier::Observation;
 use crate::pool::{exchange_error, h1, h2, overflow};
 use crate::runtime::{ClusterRuntime, Permit};
@@ -56,6 +57,8 @@ pub(crate) struct Attempt<'a> {
     pub(crate) runtime: &'a Arc<ClusterRuntime>,
     pub(crate) version: Version,
     pub(crate) upgrade: bool,
+    /// A fault that is drawn for each try.
+    pub(crate) fault: Option<Fault>,
     /// The endpoint of the try that is under way, for a timeout that ends it from outside.
     current: Mutex<Option<Arc<Endpoint>>>,
 }
@@ -86,6 +89,8 @@ pub(crate) struct Failure {
     pub(crate) unsent: bool,
     /// Where it failed.
     pub(crate) endpoint: Option<u64>,
+    /// What was injected in the place of an answer.
+    pub(crate) injected: Option<AbortKind>,
 }
 
 enum Lease {
@@ -101,8 +106,9 @@ impl<'a> Attempt<'a> {
         runtime: &'a Arc<ClusterRuntime>,
         version: Version,
         upgrade: bool,
+        fault: Option<Fault>,
     ) -> Self {
-        Self { shard, cx, cluster, runtime, version, upgrade, current: Mutex::default() }
+        Self { shard, cx, cluster, runtime, version, upgrade, fault, current: Mutex::default() }
     }
 
     /// Tries once. `tried` are the ids of endpoints to avoid while there are others.
@@ -112,7 +118,7 @@ impl<'a> Attempt<'a> {
         limits: Limits,
         tried: &[u64],
     ) -> Result<Answer, Failure> {
-        let unsent = |error| Failure { error, unsent: true, endpoint: None };
+        let unsent = |error| Failure { error, unsent: true, endpoint: None, injected: None };
         let most = self.cluster.spec().pool.max_requests;
         let permit = Permit::acquire(self.runtime, |runtime| &runtime.requests, most)
             .ok_or_else(|| unsent(overflow(self.runtime)))?;
@@ -120,12 +126,16 @@ impl<'a> Attempt<'a> {
         let number = self.cx.count_attempt();
         let count = if number == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(number) };
         request.headers_mut().insert(ATTEMPT_COUNT, count);
+        if let Some(fault) = &self.fault {
+            Box::pin(self.inject(fault, limits)).await?;
+        }
         let http2 = self.speaks_http2();
         let mut tries = 0;
         loop {
             tries += 1;
             let endpoint = self.pick(tried).map_err(unsent)?;
-            let failure = |error, unsent| Failure { error, unsent, endpoint: Some(endpoint.id()) };
+            let failure =
+                |error, unsent| Failure { error, unsent, endpoint: Some(endpoint.id()), injected: None };
             let in_flight = endpoint.start_request();
             self.began(&endpoint);
             let mut lease = match self.open(&endpoint, http2) {
@@ -181,6 +191,24 @@ impl<'a> Attempt<'a> {
                     return Err(failure(late, false));
                 }
             }
+        }
+    }
+
+    /// Draws the fault of a try: as if the upstream were late, or answered so.
+    async fn inject(&self, fault: &Fault, limits: Limits) -> Result<(), Failure> {
+        let injected = fault.draw(&mut self.shard.lock().rng);
+        let failure = |error, injected| Failure { error, unsent: true, endpoint: None, injected };
+        if let Some(delay) = injected.delay {
+            self.cx.add_flags(ResponseFlags::DELAY_INJECTED);
+            let most = limits.per_try.filter(|per_try| *per_try <= delay);
+            tokio::time::sleep(most.unwrap_or(delay)).await;
+            if most.is_some() {
+                return Err(failure(crate::timeout::per_try(), None));
+            }
+        }
+        match injected.abort {
+            None => Ok(()),
+            Some(abort) => Err(failure(abort.error(), Some(abort))),
         }
     }
 

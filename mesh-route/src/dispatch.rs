@@ -13,6 +13,7 @@ use http::{Method, Request, Response, StatusCode};
 use mesh_core::{Body, Direction, Error, RequestContext, ResponseFlags};
 use tower_service::Service;
 
+use crate::fault::FaultScope;
 use crate::forward::forward;
 use crate::request_view::RequestView;
 use crate::route::{ActionKind, Route};
@@ -90,7 +91,10 @@ async fn run(shard: Arc<Shard>, mut request: Request<Body>) -> Result<Response<B
     match &route.action().kind {
         ActionKind::Redirect(redirect) => redirect.respond(&RequestView::new(&request, cx.conn()), &cx),
         ActionKind::DirectResponse(direct) => Ok(direct.respond(&cx)),
-        ActionKind::Forward(to) => forward(&shard, to, &cx, &mut request).await,
+        ActionKind::Forward(to) => {
+            let fault = route.action().fault.filter(|fault| fault.scope == FaultScope::PerTry);
+            forward(&shard, to, fault, &cx, &mut request).await
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
 
 use crate::attempt::{self, Answer, Attempt, Failure, Limits};
 use crate::cluster::Discovery;
+use crate::fault::{AbortKind, Fault};
 use crate::headers::FormatContext;
 use crate::headers_layer::AfterRoute;
 use crate::overrides::Overrides;
@@ -28,6 +29,7 @@ use crate::timeout::{self, Deadline, Timeouts};
 pub(crate) async fn forward(
     shard: &Arc<Shard>,
     forward: &Forward,
+    fault: Option<Fault>,
     cx: &RequestContext,
     request: &mut Request<Body>,
 ) -> Result<Response<Body>, Error> {
@@ -55,7 +57,7 @@ pub(crate) async fn forward(
         *request.body_mut() = body;
         deadline
     });
-    let attempt = Attempt::new(shard, cx, cluster, runtime, version, on_upgrade.is_some());
+    let attempt = Attempt::new(shard, cx, cluster, runtime, version, on_upgrade.is_some(), fault);
     let mut response = {
         let policy = match &overrides {
             None => Cow::Borrowed(&forward.retry),
@@ -202,6 +204,15 @@ fn seen(outcome: &Result<Answer, Failure>) -> Outcome<'_> {
             status: answer.response.status(),
             headers: answer.response.headers(),
             grpc_status: answer.grpc_status,
+        },
+        // An injected answer is an answer.
+        Err(Failure { error, injected: Some(abort), .. }) => Outcome::Response {
+            status: error.status(),
+            headers: error.headers(),
+            grpc_status: match abort {
+                AbortKind::Grpc(code) => u16::try_from(*code).ok(),
+                AbortKind::Http(_) => None,
+            },
         },
         Err(failure) => Outcome::Failed(failure.error.kind()),
     }

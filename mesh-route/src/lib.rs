@@ -25,9 +25,9 @@ mod headers_layer;
 mod index;
 #[cfg(feature = "istio")]
 mod istio;
-mod percentage;
 pub mod outlier;
 mod overrides;
+mod percentage;
 mod pool;
 mod redirect;
 mod request_view;
@@ -57,8 +57,8 @@ pub use fault::{
 };
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
-pub use percentage::Percentage;
 pub use outlier::OutlierDetection;
+pub use percentage::Percentage;
 pub use redirect::{Redirect, RedirectPath, RedirectPort};
 pub use request_view::RequestView;
 pub use retry::{

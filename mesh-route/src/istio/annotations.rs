@@ -5,6 +5,7 @@
 //! | `mesh.rs/retry` | VirtualService | `idempotent-only` | what is not idempotent is tried again only when nobody has seen it (VS-Y10) |
 //! | `mesh.rs/stream-idle-timeout` | VirtualService | a duration | how long nothing may be received of a response |
 //! | `mesh.rs/client-overrides` | VirtualService | `true` | Envoy's headers for timeouts and retries are followed (VS-T02) |
+//! | `mesh.rs/fault-scope` | VirtualService | `per-request`, `per-try` | whether `fault` is drawn for each try, so that retries and timeouts apply to it |
 
 use std::collections::BTreeMap;
 
@@ -17,6 +18,7 @@ pub(super) const RETRY: &str = "mesh.rs/retry";
 pub(super) const IDEMPOTENT_ONLY: &str = "idempotent-only";
 pub(super) const STREAM_IDLE_TIMEOUT: &str = "mesh.rs/stream-idle-timeout";
 pub(super) const CLIENT_OVERRIDES: &str = "mesh.rs/client-overrides";
+pub(super) const FAULT_SCOPE: &str = "mesh.rs/fault-scope";
 
 type Judge = fn(&str) -> Result<(), String>;
 
@@ -26,6 +28,8 @@ type Known = &'static [(&'static str, Judge)];
 pub(super) const VIRTUAL_SERVICE: Known = &[
     (RETRY, |value| one_of(value, &[IDEMPOTENT_ONLY])),
     (STREAM_IDLE_TIMEOUT, |value| duration(value).map(drop)),
+    // Judged where faults are compiled.
+    (FAULT_SCOPE, |_| Ok(())),
     (CLIENT_OVERRIDES, |value| one_of(value, &["true", "false"])),
 ];
 

@@ -9,7 +9,7 @@ use crate::fault::{Fault, FaultScope};
 use crate::percentage::Percentage;
 
 /// The annotation of a VirtualService: `per-request`, the default and what Istio does, or `per-try`.
-const SCOPE: &str = "mesh.rs/fault-scope";
+const SCOPE: &str = super::annotations::FAULT_SCOPE;
 
 /// The fault of a rule in a virtual service with this metadata. What Istio does not support is nothing, as in Istio; its
 /// validators have said so.

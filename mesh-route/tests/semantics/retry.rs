@@ -488,3 +488,33 @@ async fn dr_rb01_a_budget_limits_the_retries_of_a_cluster() {
     let requests = up.requests();
     assert!((201..=250 + 12).contains(&requests), "{requests} for 200");
 }
+
+#[tokio::test(start_paused = true)]
+async fn vs_f04_a_fault_of_the_scope_per_try_meets_retries_and_timeouts() {
+    let up = Scripted::start("up", |_| Reply::Status(200)).await;
+    let per_try = |fault: &str, rest: &str| {
+        yaml(&[&up], &format!("fault: {fault}, {rest}"), "").replace(
+            "{name: reviews, namespace: default}\nspec:\n  hosts",
+            "{name: reviews, namespace: default, annotations: {mesh.rs/fault-scope: per-try}}\nspec:\n  hosts",
+        )
+    };
+    let half = "{abort: {httpStatus: 503, percentage: {value: 50}}}";
+    let client = compile(&per_try(half, "retries: {attempts: 9, retryOn: '503', backoff: 1ms}")).client();
+    for _ in 0..100 {
+        assert_eq!(status(&client, get("http://reviews/")).await, 200);
+    }
+    let always = "{abort: {httpStatus: 503, percentage: {value: 100}}}";
+    let client = compile(&per_try(always, "retries: {attempts: 2, retryOn: 5xx}")).client();
+    let (request, cx) = watched(get("http://reviews/"));
+    assert_eq!(fail(&client, request).await, "503 FI fault_filter_abort");
+    assert_eq!((cx.attempts(), cx.flags().to_string()), (3, "URX".to_owned()));
+    let late = "{delay: {fixedDelay: 5s, percentage: {value: 100}}}";
+    let client =
+        compile(&per_try(late, "retries: {attempts: 1, perTryTimeout: 1s, retryOn: reset}")).client();
+    let (request, cx) = watched(get("http://reviews/"));
+    assert_eq!(fail(&client, request).await, "504 UT upstream_per_try_timeout");
+    assert_eq!((cx.attempts(), cx.flags().to_string()), (2, "DI,URX".to_owned()));
+    let client = compile(&per_try(late, "timeout: 2s")).client();
+    assert_eq!(fail(&client, get("http://reviews/")).await, "504 UT response_timeout");
+    assert_eq!(up.requests(), 100, "what was injected never reached the upstream");
+}
