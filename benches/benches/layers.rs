@@ -1,26 +1,32 @@
 //! The cost of each decision, by itself.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
+use std::future::{Future as _, Ready, ready};
 use std::hint::black_box;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use http::Request;
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, criterion_group, criterion_main};
+use http::{Request, Response};
 use mesh_benches::table;
 use mesh_core::config::{Compile, CompileContext, Compiler, Rejected, Role};
 use mesh_core::diagnostics::Diagnostics;
 use mesh_core::matcher::StringMatcher;
 use mesh_core::{
     Body, ClusterName, ConnInfo, Direction, EdgeSettings, Error, LocalReplyLayer, NormalizeLayer,
-    PathNormalization, Slot, Snapshots,
+    PathNormalization, RequestContext, Slot, Snapshots,
 };
+use mesh_route::select::reselect;
 use mesh_route::{
-    BalancerKind, Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, HeadersLayer, RequestView, Route,
-    RouteAction, RouteBuilder, RouteMatch, RouteTable, SelectRouteLayer, VirtualHost, Weighted, balance,
+    BalancerKind, Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec, FaultLayer,
+    HeadersLayer, RequestView, Route, RouteAction, RouteBuilder, RouteMatch, RouteTable, SelectRouteLayer,
+    VirtualHost, Weighted, balance,
 };
 use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
-use tower::{Service as _, ServiceBuilder, ServiceExt as _};
+use tower::{Layer as _, Service, ServiceBuilder, ServiceExt as _};
 
 fn route_lookup(c: &mut Criterion) {
     let mut group = c.benchmark_group("route_lookup_by_services");
@@ -115,6 +121,8 @@ fn stack(c: &mut Criterion) {
         .layer(LocalReplyLayer::new(Direction::Outbound))
         .layer(NormalizeLayer::new(edge, Direction::Outbound).seed(1))
         .layer(SelectRouteLayer::new(slot))
+        .layer(FaultLayer::new())
+        .layer(CorsLayer::new())
         .layer(HeadersLayer::new())
         .service(mesh_route::dispatch(mesh_route::Shard::seeded(1)));
     c.bench_function("outbound_stack_direct_response", |b| {
@@ -127,6 +135,55 @@ fn stack(c: &mut Criterion) {
     });
 }
 
+/// What a layer costs on a route that has no policy for it: the difference to the first.
+fn absent_policies(c: &mut Criterion) {
+    let route = RouteBuilder::new("direct").respond(200, "").unwrap();
+    let slot = Slot::fixed(RouteTable::builder().host("*", [route]).build().unwrap());
+    let mut request = Request::get("/").header("host", "a").body(()).unwrap();
+    RequestContext::ensure(request.extensions_mut(), Direction::Outbound);
+    reselect(&slot, &request).unwrap();
+    let mut group = c.benchmark_group("absent_policy");
+    absent(&mut group, "none", &request, Pass);
+    absent(&mut group, "fault", &request, FaultLayer::new().layer(Pass));
+    absent(&mut group, "cors", &request, CorsLayer::new().layer(Pass));
+    absent(&mut group, "headers", &request, HeadersLayer::new().layer(Pass));
+    group.finish();
+}
+
+fn absent<S>(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, request: &Request<()>, mut service: S)
+where
+    S: Service<Request<()>, Response = Response<Request<()>>, Error = Error>,
+{
+    // The request comes back in the response, so that none has to be made.
+    let mut kept = Some(request.clone());
+    let mut cx = Context::from_waker(Waker::noop());
+    group.bench_function(name, |b| {
+        b.iter(|| {
+            let future = pin!(service.call(kept.take().unwrap()));
+            let Poll::Ready(Ok(response)) = future.poll(&mut cx) else { unreachable!("it answers at once") };
+            kept = Some(response.into_body());
+        });
+    });
+}
+
+/// Answers at once, with the request.
+#[derive(Clone)]
+struct Pass;
+
+impl Service<Request<()>> for Pass {
+    type Response = Response<Request<()>>;
+    type Error = Error;
+    type Future = Ready<Result<Response<Request<()>>, Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<()>) -> Self::Future {
+        ready(Ok(Response::new(request)))
+    }
+}
+
 fn cluster(endpoints: u16) -> Arc<Cluster> {
     let endpoints = (1..=endpoints).map(|port| EndpointSpec::new(([127, 0, 0, 1], port).into())).collect();
     let cluster =
@@ -135,5 +192,5 @@ fn cluster(endpoints: u16) -> Arc<Cluster> {
     cluster
 }
 
-criterion_group!(benches, route_lookup, routes_of_one_host, choices, stack);
+criterion_group!(benches, route_lookup, routes_of_one_host, choices, absent_policies, stack);
 criterion_main!(benches);

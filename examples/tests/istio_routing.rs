@@ -15,7 +15,6 @@ use tokio::net::TcpStream;
 
 /// Rows that need what this version does not have, each with the reason.
 const LATER: &[(&str, &str)] = &[
-    ("virtualServiceCases#936~25", "fault injection"),
     ("gatewayCases#2392~80", "TLS at the gateway"),
     (
         "serviceCases#2795~87",

@@ -1,0 +1,145 @@
+//! The configurations of `examples/config`, through the sidecar as their users run it. Only the ports of the
+//! applications are others, and of those only the numbers.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use mesh_testkit::process::{ConfigDir, Process};
+use mesh_testkit::raw::exchange;
+use mesh_testkit::upstream::Echo;
+
+const SIDECAR: &str = env!("CARGO_BIN_EXE_sidecar");
+const ANY: &str = "127.0.0.1:0";
+
+/// A sidecar with one of the configurations, in which each `http: PORT` becomes the port of an application.
+struct Example {
+    dir: ConfigDir,
+    sidecar: Process,
+}
+
+impl Example {
+    fn start(name: &str, ports: &[(u16, SocketAddr)]) -> Self {
+        let file = format!("{}/config/{name}", env!("CARGO_MANIFEST_DIR"));
+        let mut yaml = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file}: {error}"));
+        for (port, addr) in ports {
+            let written = format!("{{http: {port}}}");
+            assert!(yaml.contains(&written), "{name} has no {written}");
+            yaml = yaml.replace(&written, &format!("{{http: {}}}", addr.port()));
+        }
+        let dir = ConfigDir::new();
+        dir.write(name, &yaml);
+        let (config, log) = (dir.file(name), dir.file("access.log"));
+        let args = ["--config", &config, "--outbound", ANY, "--admin", ANY, "--access-log", &log];
+        let sidecar = Process::start(SIDECAR, &args);
+        Self { dir, sidecar }
+    }
+
+    /// One request on a connection of its own; `headers` end with a line break each.
+    async fn send(&self, method: &str, host: &str, path: &str, headers: &str) -> Answer {
+        let request =
+            format!("{method} {path} HTTP/1.1\r\nhost: {host}\r\n{headers}connection: close\r\n\r\n");
+        let sent = exchange(self.sidecar.address("outbound"), request.as_bytes(), Duration::from_secs(10));
+        let text = String::from_utf8_lossy(&sent.await.bytes).into_owned();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {text:?}"));
+        let (status, headers) = head.split_once("\r\n").unwrap_or((head, ""));
+        let headers = headers
+            .split("\r\n")
+            .filter_map(|line| {
+                let (name, value) = line.split_once(": ")?;
+                Some((name.to_ascii_lowercase(), value.to_owned()))
+            })
+            .collect();
+        Answer { status: status[9..12].parse().unwrap(), headers, body: body.to_owned() }
+    }
+
+    /// The lines of the access log, once it has ended.
+    async fn log(mut self) -> String {
+        self.sidecar.signal("TERM");
+        assert!(self.sidecar.wait().await.success());
+        std::fs::read_to_string(self.dir.file("access.log")).unwrap()
+    }
+}
+
+struct Answer {
+    status: u16,
+    headers: Vec<(String, String)>,
+    body: String,
+}
+
+impl Answer {
+    fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+}
+
+#[tokio::test]
+async fn fault_injection() {
+    let app = Echo::start("app").await;
+    let example = Example::start("fault-injection.yaml", &[(9080, app.addr)]);
+
+    let aborted = example.send("GET", "ratings", "/", "end-user: jason\r\n").await;
+    assert_eq!((aborted.status, aborted.body.as_str()), (500, "fault filter abort"));
+
+    let mut seen = [0_u32; 2];
+    for _ in 0..6 {
+        let before = Instant::now();
+        let slow = example.send("GET", "ratings", "/", "end-user: sam\r\n").await;
+        assert!(before.elapsed() >= Duration::from_millis(500));
+        match slow.status {
+            200 => seen[0] += 1,
+            503 => seen[1] += 1,
+            other => panic!("{other}: {}", slow.body),
+        }
+    }
+    assert_eq!(app.requests(), usize::try_from(seen[0]).unwrap());
+
+    let grpc = "content-type: application/grpc\r\ncontent-length: 0\r\n";
+    let refused = example.send("POST", "ratings", "/", grpc).await;
+    assert_eq!((refused.status, refused.header("grpc-status")), (200, Some("14")));
+    assert_eq!(refused.header("grpc-message"), Some("fault filter abort"));
+
+    assert_eq!(example.send("GET", "ratings", "/", "").await.status, 200);
+    for _ in 0..20 {
+        assert_eq!(example.send("GET", "reviews", "/", "").await.status, 200, "retries hide it");
+    }
+    let log = example.log().await;
+    let count = |what: &str| log.matches(what).count();
+    assert_eq!(count("\" 500 FI fault_filter_abort"), 1, "{log}");
+    assert_eq!(count("\" 200 DI via_upstream"), usize::try_from(seen[0]).unwrap(), "{log}");
+    assert_eq!(count("\" 503 DI,FI fault_filter_abort"), usize::try_from(seen[1]).unwrap(), "{log}");
+}
+
+#[tokio::test]
+async fn cors() {
+    let app = Echo::start("app").await;
+    let example = Example::start("cors.yaml", &[(9080, app.addr)]);
+    let preflight = |origin: &str| format!("origin: {origin}\r\naccess-control-request-method: PUT\r\n");
+
+    for origin in ["https://app.example.com", "https://preview-12.example.com"] {
+        let answer = example.send("OPTIONS", "api", "/items", &preflight(origin)).await;
+        assert_eq!(answer.status, 200);
+        for (name, value) in [
+            ("access-control-allow-origin", origin),
+            ("access-control-allow-methods", "GET,PUT"),
+            ("access-control-allow-headers", "content-type,x-request-id"),
+            ("access-control-allow-credentials", "true"),
+            ("access-control-max-age", "86400"),
+        ] {
+            assert_eq!(answer.header(name), Some(value), "{name}");
+        }
+    }
+    let answer = example.send("OPTIONS", "api", "/items", &preflight("https://evil.example")).await;
+    assert_eq!((answer.status, answer.header("access-control-allow-origin")), (200, None));
+    assert_eq!(app.requests(), 0, "all of them were answered by the proxy");
+
+    let answer = example.send("OPTIONS", "api", "/other", &preflight("https://evil.example")).await;
+    assert_eq!((answer.status, app.requests()), (200, 1));
+
+    let answer = example.send("GET", "api", "/items", "origin: https://app.example.com\r\n").await;
+    assert_eq!(answer.header("access-control-allow-origin"), Some("https://app.example.com"));
+    assert_eq!(answer.header("access-control-expose-headers"), Some("x-envoy-upstream-service-time"));
+    let answer = example.send("GET", "api", "/items", "origin: https://evil.example\r\n").await;
+    assert_eq!((answer.status, answer.header("access-control-allow-origin")), (200, None));
+    assert!(example.log().await.contains("\" 200 - cors_response"));
+}
