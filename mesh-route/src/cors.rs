@@ -384,12 +384,12 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().0.project() {
             StateProjection::Running { inner, allowed } => {
+                // What has nothing to add passes the response on where it is.
+                let Some(allowed) = allowed else { return inner.poll(cx).map_err(Into::into) };
                 let mut result = ready!(inner.poll(cx)).map_err(Into::into);
-                if let Some(allowed) = allowed {
-                    match &mut result {
-                        Ok(response) => allowed.apply(response.headers_mut()),
-                        Err(error) => allowed.apply(error.headers_mut()),
-                    }
+                match &mut result {
+                    Ok(response) => allowed.apply(response.headers_mut()),
+                    Err(error) => allowed.apply(error.headers_mut()),
                 }
                 Poll::Ready(result)
             }

@@ -137,18 +137,18 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
+        // What has nothing to add passes the response on where it is.
+        let Some(pending) = this.pending else { return this.inner.poll(cx).map_err(Into::into) };
         let mut result = ready!(this.inner.poll(cx)).map_err(Into::into);
-        if let Some(pending) = this.pending {
-            match &mut result {
-                Ok(response) => {
-                    let after = response.extensions_mut().remove::<AfterRoute>();
-                    pending.apply(response.headers_mut());
-                    if let Some(AfterRoute(operations)) = after {
-                        operations.apply(response.headers_mut(), &pending.format());
-                    }
+        match &mut result {
+            Ok(response) => {
+                let after = response.extensions_mut().remove::<AfterRoute>();
+                pending.apply(response.headers_mut());
+                if let Some(AfterRoute(operations)) = after {
+                    operations.apply(response.headers_mut(), &pending.format());
                 }
-                Err(error) => pending.apply(error.headers_mut()),
             }
+            Err(error) => pending.apply(error.headers_mut()),
         }
         Poll::Ready(result)
     }
