@@ -1,14 +1,23 @@
-//! The configurations of `examples/config`, through the sidecar as their users run it. Only the ports of the
+//! The configurations of `examples/config`, through the binaries as their users run them. Only the ports of the
 //! applications are others, and of those only the numbers.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::net::SocketAddr;
+mod tls;
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use mesh_testkit::process::{ConfigDir, Process};
 use mesh_testkit::raw::exchange;
 use mesh_testkit::upstream::Echo;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 
+use tls::TlsUpstream;
+
+const GATEWAY: &str = env!("CARGO_BIN_EXE_gateway");
 const SIDECAR: &str = env!("CARGO_BIN_EXE_sidecar");
 const ANY: &str = "127.0.0.1:0";
 
@@ -142,4 +151,65 @@ async fn cors() {
     let answer = example.send("GET", "api", "/items", "origin: https://evil.example\r\n").await;
     assert_eq!((answer.status, answer.header("access-control-allow-origin")), (200, None));
     assert!(example.log().await.contains("\" 200 - cors_response"));
+}
+
+#[tokio::test]
+async fn tcp_routing() {
+    async fn named(name: &'static str) -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            loop {
+                // The server speaks first.
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let _ = stream.write_all(name.as_bytes()).await;
+            }
+        });
+        addr
+    }
+    let (v1, v2) = (named("v1").await, named("v2").await);
+    let shop = TlsUpstream::start(&["shop.example.com"]).await;
+    let site = TlsUpstream::start(&["www.example.com"]).await;
+    let path = format!("{}/config/tcp-routing.yaml", env!("CARGO_MANIFEST_DIR"));
+    let checked = Command::new(GATEWAY).args(["--check", "--config", &path]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&checked.stdout), "0 errors, 0 warnings\n");
+    let mut text = std::fs::read_to_string(path).unwrap();
+    for (port, addr) in
+        [("tcp: 9001", v1), ("tcp: 9002", v2), ("tls: 9443", shop.addr), ("tls: 9444", site.addr)]
+    {
+        assert!(text.contains(port), "no {port}");
+        text = text.replace(port, &format!("{}{}", &port[..5], addr.port()));
+    }
+    let dir = ConfigDir::new();
+    dir.write("mesh.yaml", &text);
+    let file = dir.file("mesh.yaml");
+    let process = Process::start(
+        GATEWAY,
+        &[
+            "--config",
+            &file,
+            "--bind",
+            "127.0.0.1",
+            "--admin",
+            ANY,
+            "--map-port",
+            "443=0",
+            "--map-port",
+            "31400=0",
+        ],
+    );
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(process.address("tcp")).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        *counts.entry(answer).or_default() += 1;
+    }
+    assert!(counts["v1"] + counts["v2"] == 200 && (140..185).contains(&counts["v1"]), "{counts:?}");
+    let peer = process.address("tls");
+    let (said, back) = shop.exchange(peer, "shop.example.com", None, b"order").await.unwrap();
+    assert_eq!((said.as_str(), back.as_slice()), ("shop.example.com", &b"order"[..]));
+    let (said, _) = site.exchange(peer, "www.example.com", None, b"").await.unwrap();
+    assert_eq!(said, "www.example.com");
+    assert!(site.exchange(peer, "www.example.org", None, b"").await.is_err());
 }
