@@ -111,13 +111,14 @@ async fn run_sidecar(args: Sidecar) -> Result<(), Failure> {
     }
     let admin = proxy.listen_admin()?;
     let outbound = proxy.addresses.first().map_or(args.outbound, |(_, address)| *address);
+    let signals = Signals::listen()?;
     proxy.announce();
     if let Some(bookinfo) = bookinfo {
         bookinfo.connect(outbound);
         eprint!("{}", demo::welcome(outbound, admin));
         tokio::spawn(report(bookinfo));
     }
-    proxy.serve(|_| {}).await
+    proxy.serve(signals, |_| {}).await
 }
 
 async fn run_gateway(args: Gateway) -> Result<(), Failure> {
@@ -139,8 +140,11 @@ async fn run_gateway(args: Gateway) -> Result<(), Failure> {
     for spec in specs {
         proxy.listen(spec, "--bind and --map-port")?;
     }
+    let signals = Signals::listen()?;
     proxy.announce();
-    proxy.serve(move |proxy| proxy.reconcile(gateway_listeners(proxy, args.bind, &args.map_port))).await
+    proxy
+        .serve(signals, move |proxy| proxy.reconcile(gateway_listeners(proxy, args.bind, &args.map_port)))
+        .await
 }
 
 fn sources(common: &Common) -> Result<Sources, Failure> {
@@ -396,16 +400,16 @@ impl Proxy {
     }
 
     /// Serves until a signal ends it, applying changed configuration on the way.
-    async fn serve(mut self, mut applied: impl FnMut(&mut Self)) -> Result<(), Failure> {
+    async fn serve(
+        mut self,
+        mut signals: Signals,
+        mut applied: impl FnMut(&mut Self),
+    ) -> Result<(), Failure> {
         let mut watcher = self.control.watcher(&self.files);
-        let listen = |kind| signal(kind).map_err(Failure::other);
-        let mut hangup = listen(SignalKind::hangup())?;
-        let mut terminate = listen(SignalKind::terminate())?;
-        let mut interrupt = listen(SignalKind::interrupt())?;
         loop {
             let files = tokio::select! {
-                () = either(&mut terminate, &mut interrupt) => break,
-                Some(()) = hangup.recv() => match &mut watcher {
+                () = either(&mut signals.terminate, &mut signals.interrupt) => break,
+                Some(()) = signals.hangup.recv() => match &mut watcher {
                     None => Vec::new(),
                     Some(watcher) => match watcher.now().await {
                         Ok(files) => files,
@@ -430,7 +434,7 @@ impl Proxy {
                 applied(&mut self);
             }
         }
-        self.drain(either(&mut terminate, &mut interrupt)).await
+        self.drain(either(&mut signals.terminate, &mut signals.interrupt)).await
     }
 
     async fn drain(mut self, again: impl Future<Output = ()>) -> Result<(), Failure> {
@@ -495,6 +499,25 @@ fn bind_failure(error: &BindError, flag: &str) -> Failure {
     Failure::Other(format!(
         "error: {error}\nAnother process may have the port; choose another address with {flag}."
     ))
+}
+
+/// The signals that a proxy hears. Listened for before anyone is told that it listens: a signal that comes sooner would
+/// end it without a drain.
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, Failure> {
+        let listen = |kind| signal(kind).map_err(Failure::other);
+        Ok(Self {
+            hangup: listen(SignalKind::hangup())?,
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
+    }
 }
 
 async fn either(terminate: &mut Signal, interrupt: &mut Signal) {
