@@ -2,9 +2,9 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 use std::cell::Cell;
-use std::future::{Future as _, Ready, ready};
+use std::future::Future;
 use std::hint::black_box;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -173,7 +173,7 @@ struct Keep(Rc<Cell<Option<Request<()>>>>);
 impl Service<Request<()>> for Keep {
     type Response = Response<()>;
     type Error = Error;
-    type Future = Ready<Result<Response<()>, Error>>;
+    type Future = Answer;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
         Poll::Ready(Ok(()))
@@ -181,7 +181,18 @@ impl Service<Request<()>> for Keep {
 
     fn call(&mut self, request: Request<()>) -> Self::Future {
         self.0.set(Some(request));
-        ready(Ok(Response::new(())))
+        Answer
+    }
+}
+
+/// Makes the response when it is polled: one that lay in the future would be moved by every layer.
+struct Answer;
+
+impl Future for Answer {
+    type Output = Result<Response<()>, Error>;
+
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
+        Poll::Ready(Ok(Response::new(())))
     }
 }
 

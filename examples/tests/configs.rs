@@ -7,7 +7,7 @@ mod tls;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mesh_testkit::process::{ConfigDir, Process};
 use mesh_testkit::raw::exchange;
@@ -92,7 +92,7 @@ async fn fault_injection() {
 
     let mut seen = [0_u32; 2];
     for _ in 0..6 {
-        let before = Instant::now();
+        let before = mesh_core::clock::now();
         let slow = example.send("GET", "ratings", "/", "end-user: sam\r\n").await;
         assert!(before.elapsed() >= Duration::from_millis(500));
         match slow.status {
