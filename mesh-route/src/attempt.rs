@@ -13,7 +13,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,6 +28,7 @@ use hyper_util::rt::TokioIo;
 use mesh_core::{
     Body, BodyHook, EndOfBody, Error, ErrorKind, RequestContext, ResponseFlags, Side, UpstreamInfo,
 };
+use pin_project::pin_project;
 
 use crate::cluster::{BalancerKind, Cluster, Discovery, UpstreamProtocol};
 use crate::endpoint::{Endpoint, InFlight};
@@ -58,7 +59,7 @@ pub(crate) struct Attempt<'a> {
     pub(crate) version: Version,
     pub(crate) upgrade: bool,
     /// A fault that is drawn for each try.
-    pub(crate) fault: Option<Fault>,
+    pub(crate) fault: Option<&'a Fault>,
     /// The endpoint of the try that is under way, for a timeout that ends it from outside.
     current: Mutex<Option<Arc<Endpoint>>>,
 }
@@ -76,7 +77,7 @@ pub(crate) struct Limits {
 pub(crate) struct Answer {
     pub(crate) response: Response<Incoming>,
     /// A frame of the body that was read already.
-    first: Option<Result<Frame<Bytes>, hyper::Error>>,
+    first: Option<Box<Result<Frame<Bytes>, hyper::Error>>>,
     pub(crate) grpc_status: Option<u16>,
     books: Books,
     took: Duration,
@@ -98,6 +99,34 @@ enum Lease {
     Http2(h2::Lease),
 }
 
+impl Lease {
+    /// Sends the request, now; the future is that of its response.
+    fn send(&mut self, request: Request<Body>) -> impl Future<Output = Sent> + use<> {
+        match self {
+            Self::Http1(lease) => Sending::Http1(lease.send(request)),
+            Self::Http2(lease) => Sending::Http2(lease.send(request)),
+        }
+    }
+}
+
+/// A response to come, by protocol.
+#[pin_project(project = SendingProjection)]
+enum Sending<A, B> {
+    Http1(#[pin] A),
+    Http2(#[pin] B),
+}
+
+impl<A: Future<Output = Sent>, B: Future<Output = Sent>> Future for Sending<A, B> {
+    type Output = Sent;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Sent> {
+        match self.project() {
+            SendingProjection::Http1(sending) => sending.poll(cx),
+            SendingProjection::Http2(sending) => sending.poll(cx),
+        }
+    }
+}
+
 impl<'a> Attempt<'a> {
     pub(crate) fn new(
         shard: &'a Arc<Shard>,
@@ -106,7 +135,7 @@ impl<'a> Attempt<'a> {
         runtime: &'a Arc<ClusterRuntime>,
         version: Version,
         upgrade: bool,
-        fault: Option<Fault>,
+        fault: Option<&'a Fault>,
     ) -> Self {
         Self { shard, cx, cluster, runtime, version, upgrade, fault, current: Mutex::default() }
     }
@@ -126,7 +155,7 @@ impl<'a> Attempt<'a> {
         let number = self.cx.count_attempt();
         let count = if number == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(number) };
         request.headers_mut().insert(ATTEMPT_COUNT, count);
-        if let Some(fault) = &self.fault {
+        if let Some(fault) = self.fault {
             Box::pin(self.inject(fault, limits)).await?;
         }
         let http2 = self.speaks_http2();
@@ -150,11 +179,12 @@ impl<'a> Attempt<'a> {
                 },
             };
             self.note(&endpoint, &mut lease);
-            let mut taken = std::mem::take(request);
-            let limit = Limit::new(limits, &mut taken);
-            let sent = match &mut lease {
-                Lease::Http1(lease) => within(limit, lease.send(taken)).await,
-                Lease::Http2(lease) => within(limit, lease.send(taken)).await,
+            let limit = Limit::new(limits, request);
+            let sending = lease.send(std::mem::take(request));
+            let sent = match limit {
+                None => Ok(sending.await),
+                // Boxed: the future of every request would hold the timer.
+                Some(limit) => Box::pin(limit.bound(sending)).await,
             };
             match sent {
                 Ok(Ok(response)) => {
@@ -352,7 +382,8 @@ impl<'a> Attempt<'a> {
         Ok(response.map(|incoming| {
             let mut body = Body::from_incoming(incoming, Side::Upstream);
             if let Some(first) = first {
-                body = body.after(first.map_err(|error| mesh_core::body::read_error(error, Side::Upstream)));
+                body =
+                    body.after((*first).map_err(|error| mesh_core::body::read_error(error, Side::Upstream)));
             }
             if bodiless && !body.is_end_stream() {
                 books.close(false);
@@ -377,17 +408,20 @@ impl Answer {
         self.books.endpoint.id()
     }
 
+    /// Whether its gRPC status may follow in trailers.
+    pub(crate) fn may_have_trailers(&self) -> bool {
+        self.grpc_status.is_none() && !self.response.body().is_end_stream()
+    }
+
     /// Looks whether the trailers follow the head at once: where an upstream says so late that a call has failed. What
     /// is not there is not waited for.
-    pub(crate) async fn peek_trailers(&mut self) {
-        if self.grpc_status.is_some() || self.response.body().is_end_stream() {
-            return;
-        }
+    pub(crate) async fn peek_trailers(mut self: Box<Self>) -> Box<Self> {
         if let Some(Some(frame)) = frame_now(self.response.body_mut()).await {
             let trailers = frame.as_ref().ok().and_then(Frame::trailers_ref);
             self.grpc_status = trailers.and_then(|trailers| trailers.get(GRPC_STATUS)).and_then(grpc_code);
-            self.first = Some(frame);
+            self.first = Some(Box::new(frame));
         }
+        self
     }
 
     /// Gives up the answer for another try. What of its body is there already is read, so that the connection can be
@@ -442,24 +476,18 @@ impl Limit {
         *request.body_mut() = body;
         Some(Self { deadline, error })
     }
-}
 
-type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
-
-async fn within(limit: Option<Limit>, sending: impl Future<Output = Sent>) -> Result<Sent, Error> {
-    match limit {
-        None => Ok(sending.await),
-        Some(Limit { deadline, error }) => {
-            // Boxed: the future of every request would hold the timer.
-            let timed = Box::pin(async move { deadline.passed().await });
-            tokio::select! {
-                biased;
-                sent = sending => Ok(sent),
-                () = timed => Err(error()),
-            }
+    /// Waits for the head of a response, but not for ever.
+    async fn bound(self, sending: impl Future<Output = Sent>) -> Result<Sent, Error> {
+        tokio::select! {
+            biased;
+            sent = sending => Ok(sent),
+            () = self.deadline.passed() => Err((self.error)()),
         }
     }
 }
+
+type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
 
 /// What a request holds until its response has ended.
 struct Books {

@@ -80,20 +80,30 @@ where
     }
 }
 
-async fn run(shard: Arc<Shard>, mut request: Request<Body>) -> Result<Response<Body>, Error> {
-    let cx = RequestContext::ensure(request.extensions_mut(), Direction::Outbound);
-    if *request.method() == Method::CONNECT {
-        return Err(local_reply(StatusCode::METHOD_NOT_ALLOWED, ResponseFlags::NONE, "connect_not_allowed"));
-    }
-    let route = cx.route::<Route>().ok_or_else(|| {
-        local_reply(StatusCode::NOT_FOUND, ResponseFlags::NO_ROUTE_FOUND, "route_not_found")
-    })?;
-    match &route.action().kind {
-        ActionKind::Redirect(redirect) => redirect.respond(&RequestView::new(&request, cx.conn()), &cx),
-        ActionKind::DirectResponse(direct) => Ok(direct.respond(&cx)),
-        ActionKind::Forward(to) => {
-            let fault = route.action().fault.filter(|fault| fault.scope == FaultScope::PerTry);
-            forward(&shard, to, fault, &cx, &mut request).await
+/// A block and not an async function: what a function takes lies in its future twice.
+fn run(
+    shard: Arc<Shard>,
+    mut request: Request<Body>,
+) -> impl Future<Output = Result<Response<Body>, Error>> + Send {
+    async move {
+        let cx = RequestContext::ensure(request.extensions_mut(), Direction::Outbound);
+        if *request.method() == Method::CONNECT {
+            return Err(local_reply(
+                StatusCode::METHOD_NOT_ALLOWED,
+                ResponseFlags::NONE,
+                "connect_not_allowed",
+            ));
+        }
+        let route = cx.route::<Route>().ok_or_else(|| {
+            local_reply(StatusCode::NOT_FOUND, ResponseFlags::NO_ROUTE_FOUND, "route_not_found")
+        })?;
+        match &route.action().kind {
+            ActionKind::Redirect(redirect) => redirect.respond(&RequestView::new(&request, cx.conn()), &cx),
+            ActionKind::DirectResponse(direct) => Ok(direct.respond(&cx)),
+            ActionKind::Forward(to) => {
+                let fault = route.action().fault.as_ref().filter(|fault| fault.scope == FaultScope::PerTry);
+                forward(&shard, to, fault, &cx, &mut request).await
+            }
         }
     }
 }

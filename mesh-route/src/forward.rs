@@ -3,7 +3,7 @@
 //! In this order: the weighted destination (chosen once), its header operations, the rewrite, the mirrors, the timeout
 //! of the route around everything that follows, then tries until one is good or a limit says stop.
 
-use std::borrow::Cow;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use http::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
@@ -29,7 +29,7 @@ use crate::timeout::{self, Deadline, Timeouts};
 pub(crate) async fn forward(
     shard: &Arc<Shard>,
     forward: &Forward,
-    fault: Option<Fault>,
+    fault: Option<&Fault>,
     cx: &RequestContext,
     request: &mut Request<Body>,
 ) -> Result<Response<Body>, Error> {
@@ -59,15 +59,14 @@ pub(crate) async fn forward(
     });
     let attempt = Attempt::new(shard, cx, cluster, runtime, version, on_upgrade.is_some(), fault);
     let mut response = {
-        let policy = match &overrides {
-            None => Cow::Borrowed(&forward.retry),
-            Some(overrides) => Cow::Owned(overrides.retry(&forward.retry)),
-        };
+        let overridden = overrides.map(|overrides| Box::new(overrides.retry(&forward.retry)));
+        let policy = overridden.as_deref().unwrap_or(&forward.retry);
         let tries = Tries { attempt: &attempt, policy, timeouts, grpc: is_grpc(request.headers()) };
         let exchange = std::pin::pin!(tries.run(request, on_upgrade));
         match deadline {
             None => exchange.await,
-            Some(deadline) => match deadline.bound(exchange).await {
+            // Boxed: most requests have no deadline.
+            Some(deadline) => match Box::pin(deadline.bound(exchange)).await {
                 Some(response) => response,
                 None => {
                     attempt.timed_out();
@@ -83,9 +82,18 @@ pub(crate) async fn forward(
 /// The tries of one request.
 struct Tries<'a> {
     attempt: &'a Attempt<'a>,
-    policy: Cow<'a, RetryPolicy>,
+    policy: &'a RetryPolicy,
     timeouts: Timeouts,
     grpc: bool,
+}
+
+/// What is known of a request between its tries.
+struct Progress {
+    class: RetryClass,
+    idempotent: bool,
+    retries: u32,
+    replay: Option<Box<Replay>>,
+    again: Option<Box<Again>>,
 }
 
 /// What a request has once it is tried again.
@@ -93,7 +101,17 @@ struct Tries<'a> {
 struct Again {
     tried: Vec<u64>,
     /// Counts the retry in its cluster, from the decision to the head of its answer.
-    _permit: Option<Permit>,
+    permit: Option<Permit>,
+}
+
+/// What is done after a try. Everything that a retry awaits is in a box, so that nothing of it lies in the future of a
+/// request that is sent once.
+enum Next<'a> {
+    Done(Result<Response<Body>, Error>),
+    /// Looks whether the trailers tell more than the head.
+    Look(Pin<Box<dyn Future<Output = Box<Answer>> + Send + 'a>>),
+    /// Waits for the next try.
+    Pause(Pin<Box<dyn Future<Output = ()> + Send + 'a>>),
 }
 
 /// Why there is no other try.
@@ -108,76 +126,115 @@ impl Tries<'_> {
     async fn run(
         &self,
         request: &mut Request<Body>,
-        on_upgrade: Option<OnUpgrade>,
+        mut on_upgrade: Option<OnUpgrade>,
     ) -> Result<Response<Body>, Error> {
-        let (attempt, policy) = (self.attempt, &*self.policy);
-        let http2 = attempt.speaks_http2();
-        attempt::prepare(request, http2, attempt.cx)?;
-        let idempotent = !policy.only_idempotent || is_idempotent(request.method(), request.headers());
-        let class = match policy.class(self.grpc, http2, idempotent) {
-            // What was upgraded is not repeated.
-            RetryClass::Replay if attempt.upgrade => RetryClass::Connect,
-            class => class,
-        };
-        attempt.runtime.count_request(attempt.cluster.spec());
-        let replay = (class == RetryClass::Replay).then(|| Box::new(Replay::of(request)));
+        let mut progress = self.begin(request)?;
         let limits = Limits { per_try: self.timeouts.per_try, idle: self.timeouts.idle };
-        let mut again: Option<Box<Again>> = None;
-        let mut retries = 0;
         loop {
             self.timeouts.announce(request.headers_mut(), self.grpc);
-            let tried = match &again {
-                Some(again) if policy.ignore_previous_hosts => again.tried.as_slice(),
+            let tried = match &progress.again {
+                Some(again) if self.policy.ignore_previous_hosts => again.tried.as_slice(),
                 _ => &[],
             };
-            let mut outcome = attempt.once(request, limits, tried).await;
-            if let Ok(answer) = &mut outcome {
-                if replay.is_some() && self.grpc && retries < policy.attempts {
-                    answer.peek_trailers().await;
-                }
-                attempt.observe(answer);
+            let outcome = self.attempt.once(request, limits, tried).await;
+            let mut next = self.after(outcome, request, &mut progress, &mut on_upgrade);
+            if let Next::Look(look) = next {
+                next = self.decide(Ok(*look.await), request, &mut progress, &mut on_upgrade);
             }
-            let wanted = class != RetryClass::Never && policy.wants(&seen(&outcome), idempotent);
-            let next = if wanted { self.next(&outcome, replay.as_deref(), retries) } else { Err(Last::Good) };
-            let (next, permit) = match next {
-                Ok(next) => next,
-                Err(last) => {
-                    if let Last::Limit(flag) = last {
-                        attempt.cx.add_flags(flag);
-                    }
-                    return match outcome {
-                        Ok(answer) => attempt.respond(answer, limits.idle, on_upgrade),
-                        Err(failure) => Err(failure.error),
-                    };
-                }
-            };
-            retries += 1;
-            let again = again.get_or_insert_default();
-            again._permit = Some(permit);
-            again.tried.extend(match &outcome {
-                Ok(answer) => Some(answer.endpoint()),
-                Err(failure) => failure.endpoint,
-            });
-            if let Some(next) = next {
-                *request = next;
+            match next {
+                Next::Done(response) => return response,
+                Next::Pause(pause) => pause.await,
+                Next::Look(_) => {}
             }
-            Box::pin(self.pause(outcome, retries)).await;
         }
+    }
+
+    /// Puts the request in its form, and keeps of it what its policy needs.
+    fn begin(&self, request: &mut Request<Body>) -> Result<Progress, Error> {
+        let http2 = self.attempt.speaks_http2();
+        attempt::prepare(request, http2, self.attempt.cx)?;
+        let idempotent = !self.policy.only_idempotent || is_idempotent(request.method(), request.headers());
+        let class = match self.policy.class(self.grpc, http2, idempotent) {
+            // What was upgraded is not repeated.
+            RetryClass::Replay if self.attempt.upgrade => RetryClass::Connect,
+            class => class,
+        };
+        self.attempt.runtime.count_request(self.attempt.cluster.spec());
+        let replay = (class == RetryClass::Replay).then(|| Box::new(Replay::of(request)));
+        Ok(Progress { class, idempotent, retries: 0, replay, again: None })
+    }
+
+    fn after(
+        &self,
+        outcome: Result<Answer, Failure>,
+        request: &mut Request<Body>,
+        progress: &mut Progress,
+        on_upgrade: &mut Option<OnUpgrade>,
+    ) -> Next<'_> {
+        match outcome {
+            Ok(answer)
+                if self.grpc
+                    && progress.replay.is_some()
+                    && progress.retries < self.policy.attempts
+                    && answer.may_have_trailers() =>
+            {
+                Next::Look(Box::pin(Box::new(answer).peek_trailers()))
+            }
+            outcome => self.decide(outcome, request, progress, on_upgrade),
+        }
+    }
+
+    /// Tells outlier detection, and decides whether there is another try.
+    fn decide(
+        &self,
+        outcome: Result<Answer, Failure>,
+        request: &mut Request<Body>,
+        progress: &mut Progress,
+        on_upgrade: &mut Option<OnUpgrade>,
+    ) -> Next<'_> {
+        if let Ok(answer) = &outcome {
+            self.attempt.observe(answer);
+        }
+        let wanted =
+            progress.class != RetryClass::Never && self.policy.wants(&seen(&outcome), progress.idempotent);
+        let next = if wanted { self.next(&outcome, progress) } else { Err(Last::Good) };
+        let (next, permit) = match next {
+            Ok(next) => next,
+            Err(last) => {
+                if let Last::Limit(flag) = last {
+                    self.attempt.cx.add_flags(flag);
+                }
+                return Next::Done(match outcome {
+                    Ok(answer) => self.attempt.respond(answer, self.timeouts.idle, on_upgrade.take()),
+                    Err(failure) => Err(failure.error),
+                });
+            }
+        };
+        progress.retries += 1;
+        let again = progress.again.get_or_insert_default();
+        again.permit = Some(permit);
+        again.tried.extend(match &outcome {
+            Ok(answer) => Some(answer.endpoint()),
+            Err(failure) => failure.endpoint,
+        });
+        if let Some(next) = next {
+            *request = next;
+        }
+        Next::Pause(Box::pin(self.pause(outcome, progress.retries)))
     }
 
     /// The request for another try, where it is not in its place already, and a place among the retries of the cluster.
     fn next(
         &self,
         outcome: &Result<Answer, Failure>,
-        replay: Option<&Replay>,
-        retries: u32,
+        progress: &Progress,
     ) -> Result<(Option<Request<Body>>, Permit), Last> {
-        if retries >= self.policy.attempts {
+        if progress.retries >= self.policy.attempts {
             return Err(Last::Limit(ResponseFlags::UPSTREAM_RETRY_LIMIT_EXCEEDED));
         }
         let request = match outcome {
             Err(Failure { unsent: true, .. }) => None,
-            _ => match replay.and_then(Replay::request) {
+            _ => match progress.replay.as_deref().and_then(Replay::request) {
                 Some(request) => Some(request),
                 None => return Err(Last::Limit(ResponseFlags::UPSTREAM_RETRY_LIMIT_EXCEEDED)),
             },
