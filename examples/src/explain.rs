@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
+use mesh_core::forwarded;
 use mesh_core::sanitize::{self, Underscores};
 use mesh_core::{ConnInfo, Direction, EdgeSettings};
 use mesh_route::{RequestView, RouteTable, explain};
@@ -118,6 +119,9 @@ impl Question {
             });
             return json!({ "decision": decision });
         }
+        // As the edge does; the id of a request is the only thing that is made up.
+        let id = || HeaderValue::from_static("00000000-0000-4000-8000-000000000000");
+        forwarded::apply(&mut parts.headers, &conn, edge.trusted_proxies, id);
         let view = RequestView::from_parts(&parts, &conn);
         let mut answer = explain(table, &view, &conn, seed).to_json();
         if let Some(answer) = answer.as_object_mut() {

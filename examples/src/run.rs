@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mesh_core::config::{CompileContext, Role};
@@ -170,6 +171,13 @@ fn gateway_listeners(proxy: &Proxy, bind: IpAddr, map_port: &[(u16, u16)]) -> Ve
     listeners.iter().map(spec).collect()
 }
 
+/// Whose turn it is to change the listeners.
+#[derive(Default)]
+struct Turns {
+    lock: tokio::sync::Mutex<()>,
+    last: AtomicU64,
+}
+
 /// A proxy on its way from a command line to its end.
 struct Proxy {
     binary: &'static str,
@@ -184,6 +192,7 @@ struct Proxy {
     /// The clusters to the applications, which no snapshot holds.
     apps: Vec<Arc<Cluster>>,
     addresses: Vec<(String, SocketAddr)>,
+    reconciling: Arc<Turns>,
     started: std::time::Instant,
 }
 
@@ -209,6 +218,7 @@ impl Proxy {
             inbound: Vec::new(),
             apps: Vec::new(),
             addresses: Vec::new(),
+            reconciling: Arc::default(),
             started: mesh_core::clock::now(),
         })
     }
@@ -320,10 +330,12 @@ impl Proxy {
 
     fn listen_inbound(&mut self, at: usize, inbound: SocketAddr, app: SocketAddr) -> Result<(), Failure> {
         let name = if at == 0 { "inbound".to_owned() } else { format!("inbound-{}", at + 1) };
-        let mut spec = ClusterSpec::new(
-            ClusterName::new(Direction::Inbound, app.port(), "", ""),
-            Discovery::Static(vec![EndpointSpec::new(app)]),
-        );
+        let mut cluster = ClusterName::new(Direction::Inbound, app.port(), "", "");
+        // Runtime state goes by the name, and applications may share a port.
+        if self.apps.iter().any(|known| *known.name() == cluster) {
+            cluster = ClusterName::new(Direction::Inbound, app.port(), "", &name);
+        }
+        let mut spec = ClusterSpec::new(cluster, Discovery::Static(vec![EndpointSpec::new(app)]));
         spec.protocol = UpstreamProtocol::Downstream;
         let cluster = Arc::new(Cluster::new(spec));
         self.control.clusters().reconcile(std::slice::from_ref(&cluster));
@@ -462,7 +474,14 @@ impl Proxy {
     fn reconcile(&mut self, wanted: Vec<ListenerSpec>) {
         let Some(server) = self.server.clone() else { return };
         let (parts, tables) = (self.parts.clone(), self.tables());
+        let turns = Arc::clone(&self.reconciling);
+        let turn = turns.last.fetch_add(1, Ordering::AcqRel) + 1;
         tokio::spawn(async move {
+            // One after the other, and only the newest: a listener of an old generation must not come back.
+            let _turn = turns.lock.lock().await;
+            if turns.last.load(Ordering::Acquire) != turn {
+                return;
+            }
             let done = server.reconcile(wanted, |server, spec| listen(server, &parts, &tables, spec)).await;
             for (name, address) in &done.added {
                 tracing::info!(listener = &**name, %address, "listening");

@@ -14,25 +14,8 @@ const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto")
 const EXTERNAL_ADDRESS: HeaderName = HeaderName::from_static("x-envoy-external-address");
 const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 
-/// Headers by which proxies of the mesh speak to each other; from outside nobody is believed.
-const INTERNAL: [HeaderName; 16] = [
-    HeaderName::from_static("x-envoy-attempt-count"),
-    HeaderName::from_static("x-envoy-decorator-operation"),
-    HeaderName::from_static("x-envoy-downstream-service-cluster"),
-    HeaderName::from_static("x-envoy-downstream-service-node"),
-    HeaderName::from_static("x-envoy-expected-rq-timeout-ms"),
-    HeaderName::from_static("x-envoy-internal"),
-    HeaderName::from_static("x-envoy-ip-tags"),
-    HeaderName::from_static("x-envoy-max-retries"),
-    HeaderName::from_static("x-envoy-original-path"),
-    HeaderName::from_static("x-envoy-peer-metadata"),
-    HeaderName::from_static("x-envoy-peer-metadata-id"),
-    HeaderName::from_static("x-envoy-retry-grpc-on"),
-    HeaderName::from_static("x-envoy-retry-on"),
-    HeaderName::from_static("x-envoy-upstream-rq-per-try-timeout-ms"),
-    HeaderName::from_static("x-envoy-upstream-rq-timeout-ms"),
-    HeaderName::from_static("x-istio-attributes"),
-];
+/// Headers by which proxies of the mesh speak to each other begin so; from outside nobody is believed.
+const INTERNAL: [&str; 2] = ["x-envoy-", "x-istio-attributes"];
 
 /// Makes the headers of a request say what the edge knows.
 ///
@@ -50,7 +33,9 @@ pub fn apply(
     headers.remove(CLIENT_CERT);
     let gateway = conn.direction == Direction::Gateway;
     if gateway {
-        for name in &INTERNAL {
+        let is_internal = |name: &&HeaderName| INTERNAL.iter().any(|known| name.as_str().starts_with(known));
+        let internal: Vec<_> = headers.keys().filter(is_internal).cloned().collect();
+        for name in internal {
             headers.remove(name);
         }
         let client = client_address(headers, conn, trusted_proxies);

@@ -28,8 +28,7 @@ impl PathNormalization {
             return Cow::Borrowed(path);
         }
         let mut normal = self.pass(path);
-        // Decoding can bring forth another escape (`%%32e`), so that one pass is not always enough. Each pass that
-        // changes anything shortens the path or is the last but one.
+        // Merged slashes can bring forth dot segments that were none, so that one pass is not always enough.
         loop {
             let next = self.pass(&normal);
             if next == normal {
@@ -57,35 +56,27 @@ fn is_normal(path: &str) -> bool {
         && !bytes.windows(2).any(|pair| pair[0] == b'/' && matches!(pair[1], b'/' | b'.'))
 }
 
-/// Decodes unreserved characters and turns backslashes around; `slashes` decodes the escaped ones too.
+/// Decodes unreserved characters and turns backslashes around; `slashes` decodes the escaped ones too. What decoding
+/// brings forth (`%%32e`) is decoded with it: the end of what was written is looked at again, so that the work is that
+/// of one pass however deep escapes are nested.
 fn decode(path: &str, slashes: bool) -> String {
-    let mut decoded = String::with_capacity(path.len());
-    let mut rest = path;
-    while let Some(at) = rest.find(['%', '\\']) {
-        decoded.push_str(&rest[..at]);
-        let escape = &rest[at..];
-        if let Some(after) = escape.strip_prefix('\\') {
-            decoded.push('/');
-            rest = after;
-            continue;
-        }
-        match escape.get(1..3).and_then(|digits| hex(digits.as_bytes())) {
-            Some(byte) if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') => {
-                decoded.push(char::from(byte));
-                rest = &escape[3..];
-            }
-            Some(b'/' | b'\\') if slashes => {
-                decoded.push('/');
-                rest = &escape[3..];
-            }
-            _ => {
-                decoded.push('%');
-                rest = &escape[1..];
-            }
+    let mut decoded: Vec<u8> = Vec::with_capacity(path.len());
+    for byte in path.bytes() {
+        decoded.push(if byte == b'\\' { b'/' } else { byte });
+        while let [.., b'%', high, low] = decoded[..] {
+            let plain = match hex(&[high, low]) {
+                Some(byte) if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') => {
+                    byte
+                }
+                Some(b'/' | b'\\') if slashes => b'/',
+                _ => break,
+            };
+            decoded.truncate(decoded.len() - 3);
+            decoded.push(plain);
         }
     }
-    decoded.push_str(rest);
-    decoded
+    // Only ASCII was taken out and put in.
+    String::from_utf8(decoded).unwrap_or_else(|_| path.to_owned())
 }
 
 fn hex(digits: &[u8]) -> Option<u8> {

@@ -65,6 +65,12 @@ pub fn request(
     if parts.method.as_str().bytes().any(|byte| byte.is_ascii_lowercase()) {
         return Err(bad("invalid_method", "the method is not upper case"));
     }
+    if [CONNECTION, UPGRADE]
+        .iter()
+        .any(|name| parts.headers.get_all(name).iter().any(|value| value.to_str().is_err()))
+    {
+        return Err(bad("invalid_connection_header", "Connection and Upgrade are of visible ASCII"));
+    }
     framing(parts)?;
     target(parts, normalization)?;
     headers(parts, underscores)

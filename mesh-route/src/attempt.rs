@@ -17,7 +17,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::HOST;
+use http::header::{HOST, TRANSFER_ENCODING};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version};
 use http_body::{Body as _, Frame};
@@ -34,7 +34,7 @@ use crate::cluster::{BalancerKind, Cluster, Discovery, UpstreamProtocol};
 use crate::endpoint::{Endpoint, InFlight};
 use crate::fault::{AbortKind, Fault};
 use crate::outlier::Observation;
-use crate::pool::{exchange_error, h1, h2, overflow};
+use crate::pool::{Slot, exchange_error, h1, h2, overflow};
 use crate::runtime::{ClusterRuntime, Permit};
 use crate::shard::Shard;
 use crate::timeout::Deadline;
@@ -167,7 +167,8 @@ impl<'a> Attempt<'a> {
                 |error, unsent| Failure { error, unsent, endpoint: Some(endpoint.id()), injected: None };
             let in_flight = endpoint.start_request();
             self.began(&endpoint);
-            let mut lease = match self.open(&endpoint, http2) {
+            let open = if tries < UNSENT_TRIES { self.open(&endpoint, http2) } else { None };
+            let mut lease = match open {
                 Some(lease) => lease,
                 // Boxed: a connection costs more than a box, and the future of every request would hold its making.
                 None => match Box::pin(self.lease(&endpoint, http2)).await {
@@ -195,6 +196,7 @@ impl<'a> Attempt<'a> {
                         grpc_status,
                         books: Books {
                             lease: Some(lease),
+                            _slot: None,
                             endpoint: Arc::clone(&endpoint),
                             _in_flight: in_flight,
                             _permit: permit,
@@ -373,6 +375,9 @@ impl<'a> Attempt<'a> {
                 ));
             };
             let upstream = hyper::upgrade::on(&mut response);
+            // With the answer hyper lets go of the connection, and the pool with it; the tunnel is one all the same.
+            let slot = Slot::acquire(self.runtime, &books.endpoint, &self.cluster.spec().pool, true);
+            let books = Books { _slot: slot, ..books };
             tokio::spawn(tunnel(downstream, upstream, books, self.cx.clone()));
             return Ok(response.map(|_| Body::empty()));
         }
@@ -492,6 +497,8 @@ type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
 /// What a request holds until its response has ended.
 struct Books {
     lease: Option<Lease>,
+    /// Counts the connection of a tunnel.
+    _slot: Option<Slot>,
     endpoint: Arc<Endpoint>,
     _in_flight: InFlight,
     _permit: Permit,
@@ -572,6 +579,10 @@ pub(crate) fn prepare(request: &mut Request<Body>, http2: bool, cx: &RequestCont
         }
         let path = request.uri().path_and_query().cloned();
         *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
+    }
+    // Without it hyper takes a GET of unknown length for one without a body, and sends none.
+    if !request.body().is_end_stream() && request.body().size_hint().exact().is_none() {
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     Ok(())
 }

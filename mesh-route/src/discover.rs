@@ -53,6 +53,9 @@ pub struct Discoverer {
     running: Arc<Mutex<HashMap<u64, Running>>>,
 }
 
+/// The shortest time between two look-ups of a name, whatever is configured.
+const SHORTEST: Duration = Duration::from_secs(1);
+
 struct Running {
     names: Vec<DnsEndpoint>,
     first_only: bool,
@@ -73,12 +76,19 @@ impl Discoverer {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.retain(|_, running| !running.task.is_finished());
         for cluster in clusters {
+            let Some(runtime) = cluster.runtime() else { continue };
             let (names, first_only) = match &cluster.spec().discovery {
                 Discovery::StrictDns(names) => (names.clone(), false),
                 Discovery::LogicalDns(name) => (vec![name.clone()], true),
-                _ => continue,
+                // A cluster that had names and has none any more is not resolved on: the answers would retire the
+                // endpoints that configuration lists now.
+                _ => {
+                    if let Some(known) = running.remove(&runtime.id()) {
+                        known.task.abort();
+                    }
+                    continue;
+                }
             };
-            let Some(runtime) = cluster.runtime() else { continue };
             let refresh = cluster.spec().dns_refresh_rate;
             if let Some(known) = running.get(&runtime.id()) {
                 if known.names == names && known.first_only == first_only && known.refresh == refresh {
@@ -130,7 +140,7 @@ async fn keep_resolving(
             found.iter().take(most).map(|address| (SocketAddr::new(*address, name.port), name.weight))
         }));
         drop(cluster);
-        tokio::time::sleep(refresh).await;
+        tokio::time::sleep(refresh.max(SHORTEST)).await;
     }
 }
 

@@ -15,7 +15,7 @@ use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
 use crate::attempt::{self, Answer, Attempt, Failure, Limits};
 use crate::cluster::Discovery;
 use crate::fault::{AbortKind, Fault};
-use crate::headers::FormatContext;
+use crate::headers::{FormatContext, OwnedHead};
 use crate::headers_layer::AfterRoute;
 use crate::overrides::Overrides;
 use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, is_idempotent};
@@ -49,6 +49,7 @@ pub(crate) async fn forward(
     let version = request.version();
     let on_upgrade = take_upgrade(request);
     edit(request, forward, destination, cx)?;
+    let head = OwnedHead::for_response(&destination.response_headers, request);
     let overrides = forward.client_overrides.then(|| Overrides::take(request.headers_mut()));
     let overrides = overrides.flatten();
     let timeouts = Timeouts::of(forward, overrides.as_deref(), request.headers(), cx);
@@ -75,7 +76,7 @@ pub(crate) async fn forward(
             },
         }
     };
-    apply_response_headers(destination, cx, version, &mut response);
+    apply_response_headers(destination, head, cx, version, &mut response);
     response
 }
 
@@ -322,6 +323,7 @@ fn set_authority(request: &mut Request<Body>, authority: HeaderValue) {
 
 fn apply_response_headers(
     destination: &Destination,
+    head: Option<Box<OwnedHead>>,
     cx: &RequestContext,
     version: Version,
     response: &mut Result<Response<Body>, Error>,
@@ -329,12 +331,12 @@ fn apply_response_headers(
     if destination.response_headers.is_empty() {
         return;
     }
-    let format = FormatContext { request: None, context: cx, version };
+    let format = FormatContext { request: head.as_deref().map(OwnedHead::borrowed), context: cx, version };
     // Those of the route come first (VS-R04), so the layer that applies them goes on with these.
     let after_route = || cx.route::<Route>().is_some_and(|route| !route.action().response_headers.is_empty());
     match response {
         Ok(response) if after_route() => {
-            response.extensions_mut().insert(AfterRoute(destination.response_headers.clone()));
+            response.extensions_mut().insert(AfterRoute(destination.response_headers.clone(), head));
         }
         Ok(response) => destination.response_headers.apply(response.headers_mut(), &format),
         Err(error) => destination.response_headers.apply(error.headers_mut(), &format),

@@ -36,7 +36,7 @@ pub enum InvalidHeaderOp {
 /// What a formatted value may speak of.
 #[derive(Clone, Copy, Debug)]
 pub struct FormatContext<'a> {
-    /// The request; operations on the response have no access to it here.
+    /// The request, where the operations speak of it.
     pub request: Option<RequestHead<'a>>,
     /// The context of the request.
     pub context: &'a RequestContext,
@@ -53,6 +53,31 @@ pub struct RequestHead<'a> {
     pub uri: &'a Uri,
     /// The other headers.
     pub headers: &'a HeaderMap,
+}
+
+/// A copy of the head of a request, for operations on its response that speak of it.
+#[derive(Clone, Debug)]
+pub(crate) struct OwnedHead {
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+}
+
+impl OwnedHead {
+    /// The head of a request, if `operations` speak of it.
+    pub(crate) fn for_response<B>(operations: &HeaderOps, request: &Request<B>) -> Option<Box<Self>> {
+        operations.reads_request().then(|| {
+            Box::new(Self {
+                method: request.method().clone(),
+                uri: request.uri().clone(),
+                headers: request.headers().clone(),
+            })
+        })
+    }
+
+    pub(crate) fn borrowed(&self) -> RequestHead<'_> {
+        RequestHead { method: &self.method, uri: &self.uri, headers: &self.headers }
+    }
 }
 
 #[derive(Clone, Debug)]

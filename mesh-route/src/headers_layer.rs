@@ -14,7 +14,7 @@ use pin_project::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use crate::headers::{FormatContext, HeaderOps};
+use crate::headers::{FormatContext, HeaderOps, OwnedHead};
 use crate::route::{Route, policies};
 
 /// Applies the header operations of the pinned route. Expects [`SelectRouteLayer`](crate::SelectRouteLayer) above it;
@@ -91,7 +91,8 @@ where
                 action.request_headers.apply_to_request(&mut request, &context);
             }
             if !action.response_headers.is_empty() {
-                pending = Some(Pending { route, context, version });
+                let head = OwnedHead::for_response(&action.response_headers, &request);
+                pending = Some(Pending { route, context, version, head });
             }
         }
         ResponseFuture { inner: self.inner.call(request), pending }
@@ -109,22 +110,24 @@ pub struct ResponseFuture<F> {
 
 /// Response operations of a destination that wait for those of the route; an extension of the response.
 #[derive(Clone, Debug)]
-pub(crate) struct AfterRoute(pub(crate) HeaderOps);
+pub(crate) struct AfterRoute(pub(crate) HeaderOps, pub(crate) Option<Box<OwnedHead>>);
 
 #[derive(Debug)]
 struct Pending {
     route: Arc<Route>,
     context: RequestContext,
     version: Version,
+    head: Option<Box<OwnedHead>>,
 }
 
 impl Pending {
     fn apply(&self, headers: &mut HeaderMap) {
-        self.route.action().response_headers.apply(headers, &self.format());
+        self.route.action().response_headers.apply(headers, &self.format(self.head.as_deref()));
     }
 
-    fn format(&self) -> FormatContext<'_> {
-        FormatContext { request: None, context: &self.context, version: self.version }
+    fn format<'a>(&'a self, head: Option<&'a OwnedHead>) -> FormatContext<'a> {
+        let request = head.map(OwnedHead::borrowed);
+        FormatContext { request, context: &self.context, version: self.version }
     }
 }
 
@@ -144,8 +147,8 @@ where
             Ok(response) => {
                 let after = response.extensions_mut().remove::<AfterRoute>();
                 pending.apply(response.headers_mut());
-                if let Some(AfterRoute(operations)) = after {
-                    operations.apply(response.headers_mut(), &pending.format());
+                if let Some(AfterRoute(operations, head)) = after {
+                    operations.apply(response.headers_mut(), &pending.format(head.as_deref()));
                 }
             }
             Err(error) => pending.apply(error.headers_mut()),

@@ -204,18 +204,16 @@ impl HttpBody for Bounded {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) {
-            return Poll::Ready(frame);
-        }
         if self.timer.is_none() {
             self.timer = self.deadline.at().map(|at| Box::pin(sleep_until(at)));
         }
+        // First, so that a body that always has more does not outrun it.
         if let Some(timer) = &mut self.timer
             && timer.as_mut().poll(cx).is_ready()
         {
             return Poll::Ready(Some(Err(route())));
         }
-        Poll::Pending
+        Pin::new(&mut self.inner).poll_frame(cx)
     }
 
     fn is_end_stream(&self) -> bool {

@@ -31,7 +31,7 @@ pub(super) fn apply(
         },
     };
     spec.pool = pool(policy, mesh);
-    if let Some(rate) = mesh.config.dns_refresh_rate {
+    if let Some(rate) = mesh.config.dns_refresh_rate.filter(|rate| !rate.is_zero()) {
         spec.dns_refresh_rate = rate.to_std();
     }
     spec.outlier_detection = policy.outlier_detection.map(|settings| outlier_detection(settings, mesh));

@@ -73,6 +73,12 @@ impl Pool {
         None
     }
 
+    /// A connection whose last exchange has not ended on our side: its response came before its request had gone.
+    fn checkout_busy(&mut self) -> Option<Conn> {
+        let at = self.idle.iter().position(|idle| !idle.conn.sender.is_closed())?;
+        Some(self.idle.remove(at).conn)
+    }
+
     fn give_back(&mut self, mut conn: Conn, now: Instant) {
         while let Some(waiter) = self.waiters.pop_front() {
             match waiter.send(conn) {
@@ -123,7 +129,7 @@ impl Lease {
             if let Some(slot) = Slot::acquire(runtime, endpoint, &spec.pool, first) {
                 return Self::make(shard, spec, endpoint, slot).await;
             }
-            let waiting = {
+            let (waiting, busy) = {
                 let mut inner = shard.lock();
                 let pool = inner.h1.entry(endpoint.id()).or_default();
                 if let Some(conn) = pool.checkout(mesh_core::clock::now()) {
@@ -131,10 +137,16 @@ impl Lease {
                 }
                 let (give, waiting) = oneshot::channel();
                 pool.waiters.push_back(give);
-                waiting
+                (waiting, pool.checkout_busy())
             };
             let mut waiting = Waiting { receiver: waiting, endpoint: endpoint.id(), shard };
+            let mut busy = Busy { conn: busy, endpoint: endpoint.id(), shard };
             tokio::select! {
+                () = busy.ready() => {
+                    if let Some(conn) = busy.conn.take() {
+                        return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
+                    }
+                }
                 Ok(mut conn) = &mut waiting.receiver => {
                     if conn.sender.ready().await.is_ok() && conn.meta.is_fresh(mesh_core::clock::now) {
                         return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
@@ -191,6 +203,36 @@ impl Lease {
         let now = mesh_core::clock::now();
         let mut inner = self.shard.lock();
         inner.h1.entry(self.endpoint).or_default().give_back(self.conn, now);
+    }
+}
+
+/// A connection that will be free when its last request has gone. Nobody says when, so whoever wants it next waits for
+/// it; it goes back to the pool if that one is served otherwise.
+struct Busy<'s> {
+    conn: Option<Conn>,
+    endpoint: u64,
+    shard: &'s Arc<Shard>,
+}
+
+impl Busy<'_> {
+    /// Completes when the connection can be used, or has ended; never without one.
+    async fn ready(&mut self) {
+        match &mut self.conn {
+            None => std::future::pending().await,
+            Some(conn) => {
+                if conn.sender.ready().await.is_err() || !conn.meta.is_fresh(mesh_core::clock::now) {
+                    self.conn = None;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        if let Some(conn) = self.conn.take() {
+            Lease { conn, endpoint: self.endpoint, shard: Arc::clone(self.shard) }.give_back();
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use pin_project::pin_project;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-use super::{ConnMeta, Slot, exchange_error, pending};
+use super::{ConnMeta, Slot, again, exchange_error, pending};
 use crate::cluster::ClusterSpec;
 use crate::connect::{Connected, connect};
 use crate::endpoint::Endpoint;
@@ -31,6 +31,9 @@ const STREAM_WINDOW: u32 = 64 * 1024;
 pub(crate) struct Pool {
     conns: Vec<Conn>,
     connecting: usize,
+    /// Connections that were begun, and the last of them that failed: who waited for it fails with it.
+    attempts: u64,
+    failed: Option<(u64, Arc<Error>)>,
     changed: Arc<Notify>,
 }
 
@@ -90,14 +93,21 @@ impl Pool {
             let allowed = conn.allowed.load(Ordering::Relaxed).min(conn.max_streams);
             conn.sender.is_ready() && conn.streams.load(Ordering::Relaxed) < allowed
         })?;
-        conn.streams.fetch_add(1, Ordering::Relaxed);
-        conn.meta.served = conn.meta.served.saturating_add(1);
         conn.idle_since = now;
-        Some(Lease {
-            sender: conn.sender.clone(),
-            local: conn.meta.local,
-            _stream: Stream { streams: Arc::clone(&conn.streams), changed: Arc::clone(&self.changed) },
-        })
+        Some(conn.stream(&self.changed))
+    }
+}
+
+impl Conn {
+    /// One more stream.
+    fn stream(&mut self, changed: &Arc<Notify>) -> Lease {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        self.meta.served = self.meta.served.saturating_add(1);
+        Lease {
+            sender: self.sender.clone(),
+            local: self.meta.local,
+            _stream: Stream { streams: Arc::clone(&self.streams), changed: Arc::clone(changed) },
+        }
     }
 }
 
@@ -118,6 +128,7 @@ impl Lease {
             return Ok(lease);
         }
         let _pending = pending(runtime, &spec.pool)?;
+        let mut waited = u64::MAX;
         loop {
             let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
             let mut changed = std::pin::pin!(changed.notified());
@@ -133,11 +144,16 @@ impl Lease {
                     pool.changed.notify_one();
                     return Ok(lease);
                 }
+                if let Some((attempt, error)) = &pool.failed
+                    && *attempt >= waited
+                {
+                    return Err(again(error));
+                }
+                waited = if pool.connecting > 0 { pool.attempts } else { u64::MAX };
                 (pool.connecting > 0, pool.conns.is_empty())
             };
             if !connecting && let Some(slot) = Slot::acquire(runtime, endpoint, &spec.pool, first) {
-                Self::make(shard, spec, endpoint, slot).await?;
-                continue;
+                return Self::make(shard, spec, endpoint, slot).await;
             }
             tokio::select! {
                 () = changed => {}
@@ -146,13 +162,29 @@ impl Lease {
         }
     }
 
+    /// A stream on a connection that is made for it: the request that made it has it, whatever became of the endpoint
+    /// meanwhile.
     async fn make(
         shard: &Arc<Shard>,
         spec: &ClusterSpec,
         endpoint: &Arc<Endpoint>,
         slot: Slot,
-    ) -> Result<(), Error> {
+    ) -> Result<Self, Error> {
         let connecting = Connecting::new(shard, endpoint.id());
+        let made = Self::connect(shard, spec, endpoint, slot).await;
+        if let Err(error) = &made {
+            connecting.failed(error);
+        }
+        drop(connecting);
+        made
+    }
+
+    async fn connect(
+        shard: &Arc<Shard>,
+        spec: &ClusterSpec,
+        endpoint: &Arc<Endpoint>,
+        slot: Slot,
+    ) -> Result<Self, Error> {
         let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
         let Connected { stream, local } = connect(&target, &spec.pool).await?;
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
@@ -171,18 +203,19 @@ impl Lease {
             drop(slot);
         });
         shard.sweep();
-        if let Some(pool) = shard.lock().h2.get_mut(&endpoint.id()) {
-            pool.conns.push(Conn {
-                sender,
-                streams: Arc::default(),
-                max_streams: spec.pool.max_concurrent_streams.max(1),
-                allowed,
-                meta: ConnMeta::new(local, endpoint, &spec.pool),
-                idle_since: mesh_core::clock::now(),
-            });
-        }
-        drop(connecting);
-        Ok(())
+        let mut inner = shard.lock();
+        let pool = inner.h2.entry(endpoint.id()).or_default();
+        let mut conn = Conn {
+            sender,
+            streams: Arc::default(),
+            max_streams: spec.pool.max_concurrent_streams.max(1),
+            allowed,
+            meta: ConnMeta::new(local, endpoint, &spec.pool),
+            idle_since: mesh_core::clock::now(),
+        };
+        let lease = conn.stream(&pool.changed);
+        pool.conns.push(conn);
+        Ok(lease)
     }
 
     /// Sends the request, now; the future is that of its response.
@@ -230,12 +263,23 @@ impl Future for Driver<Http2Connection> {
 struct Connecting<'s> {
     shard: &'s Shard,
     endpoint: u64,
+    attempt: u64,
 }
 
 impl<'s> Connecting<'s> {
     fn new(shard: &'s Shard, endpoint: u64) -> Self {
-        shard.lock().h2.entry(endpoint).or_default().connecting += 1;
-        Self { shard, endpoint }
+        let mut inner = shard.lock();
+        let pool = inner.h2.entry(endpoint).or_default();
+        pool.connecting += 1;
+        pool.attempts += 1;
+        Self { shard, endpoint, attempt: pool.attempts }
+    }
+
+    /// It came to nothing.
+    fn failed(&self, error: &Error) {
+        if let Some(pool) = self.shard.lock().h2.get_mut(&self.endpoint) {
+            pool.failed = Some((self.attempt, Arc::new(again(error))));
+        }
     }
 }
 

@@ -150,11 +150,18 @@ pub(crate) fn exchange_error(error: hyper::Error) -> Error {
 
 /// The body of the request failed: the downstream did, not the upstream.
 fn downstream_error(error: &hyper::Error) -> Option<Error> {
-    let source = std::error::Error::source(error)?.downcast_ref::<Error>()?;
-    Some(
-        Error::new(source.kind(), source.status(), source.flags(), source.details().to_owned())
-            .with_source(source.to_string()),
-    )
+    std::error::Error::source(error)?.downcast_ref::<Error>().map(again)
+}
+
+/// The same error for another request.
+fn again(error: &Error) -> Error {
+    let mut again = Error::new(error.kind(), error.status(), error.flags(), error.details().to_owned())
+        .with_body(error.body().clone());
+    *again.headers_mut() = error.headers().clone();
+    match std::error::Error::source(error) {
+        Some(source) => again.with_source(source.to_string()),
+        None => again,
+    }
 }
 
 fn h2_error(error: &hyper::Error) -> Option<&::h2::Error> {
