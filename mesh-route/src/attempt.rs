@@ -310,7 +310,7 @@ impl<'a> Attempt<'a> {
                 addr.set_port(*port);
                 self.runtime.endpoint(addr)
             }),
-            (_, kind) => self.shard.pick(kind, self.runtime, &self.cluster.endpoints()),
+            (_, kind) => self.shard.pick(kind, self.runtime, &self.cluster.available()),
         };
         endpoint.ok_or_else(|| {
             Error::new(

@@ -66,6 +66,24 @@ impl Cluster {
         }
     }
 
+    /// The endpoints that requests may go to: those that are not ejected, or all when too few are left (DR-OD04).
+    pub(crate) fn available(&self) -> Arc<EndpointSet> {
+        let all = self.endpoints();
+        let Some(config) = &self.spec.outlier_detection else { return all };
+        if !all.iter().any(|endpoint| endpoint.is_ejected()) {
+            return all;
+        }
+        let left: Vec<_> = all
+            .weighted()
+            .filter(|(endpoint, _)| !endpoint.is_ejected())
+            .map(|(endpoint, weight)| (Arc::clone(endpoint), weight))
+            .collect();
+        if left.len() * 100 < all.len() * config.min_health_percent as usize {
+            return all;
+        }
+        Arc::new(EndpointSet::new(left))
+    }
+
     /// Attaches the runtime, which counts this cluster among its holders already, and the endpoints that
     /// configuration lists.
     pub(crate) fn attach(&self, runtime: Arc<ClusterRuntime>, listed: Option<Arc<EndpointSet>>) {

@@ -195,6 +195,29 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn bug_resolving_went_on_for_a_cluster_that_had_become_static() {
+        let clusters = Clusters::new();
+        let make = |discovery| {
+            let cluster = Arc::new(Cluster::new(ClusterSpec::new(ClusterName::custom("a"), discovery)));
+            clusters.reconcile(std::slice::from_ref(&cluster));
+            cluster
+        };
+        let name = DnsEndpoint { host: "a.example".into(), port: 80, weight: 1, locality: "".into() };
+        let script = answers(&[Some(&["10.0.0.1"]), Some(&["10.0.0.1"]), Some(&["10.0.0.1"])]);
+        let discoverer = Discoverer::new(script.clone(), tokio::runtime::Handle::current());
+        let by_name = make(Discovery::StrictDns(vec![name]));
+        discoverer.follow(std::slice::from_ref(&by_name));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(script.0.lock().unwrap().len(), 2);
+        let listed = crate::cluster::EndpointSpec::new(([10, 0, 0, 2], 80).into());
+        let fixed = make(Discovery::Static(vec![listed]));
+        discoverer.follow(std::slice::from_ref(&fixed));
+        tokio::time::sleep(REFRESH * 2).await;
+        assert_eq!(script.0.lock().unwrap().len(), 2, "nobody asks any more");
+        assert!(fixed.endpoints().iter().all(|endpoint| !endpoint.is_retired()));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a12_failures_and_empty_answers_keep_the_last_good_set() {
         let script = answers(&[Some(&["10.0.0.1", "10.0.0.2"]), None, Some(&[]), Some(&["10.0.0.3"])]);
         let cluster = named(|name| Discovery::StrictDns(vec![name]));

@@ -44,6 +44,9 @@ pub struct OutlierDetection {
     pub max_ejection_time: Duration,
     /// The share of the endpoints that may be ejected at once. Default 10.
     pub max_ejection_percent: u32,
+    /// Below this share of endpoints that are not ejected, everybody is used again (panic); 0, the default, is never
+    /// (DR-OD04).
+    pub min_health_percent: u32,
     /// The answers that are errors, in place of 500 to 599 (DR-OD06); empty is the default.
     pub error_codes: Vec<u16>,
 }
@@ -59,6 +62,7 @@ impl Default for OutlierDetection {
             base_ejection_time: Duration::from_secs(30),
             max_ejection_time: Duration::from_secs(300),
             max_ejection_percent: 10,
+            min_health_percent: 0,
             error_codes: Vec::new(),
         }
     }

@@ -267,3 +267,137 @@ async fn bodies_stream_both_ways() {
         assert_eq!(text(client.oneshot(request).await.unwrap()).await, "/body 3000000");
     }
 }
+
+/// Frames that are there, of a length that nobody says.
+struct Chunks(std::vec::IntoIter<&'static str>);
+
+impl http_body::Body for Chunks {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<http_body::Frame<Bytes>, Error>>> {
+        let next = self.0.next().map(|text| Ok(http_body::Frame::data(Bytes::from_static(text.as_bytes()))));
+        std::task::Poll::Ready(next)
+    }
+}
+
+#[tokio::test]
+async fn bug_a_get_of_unknown_length_lost_its_body() {
+    for method in ["GET", "DELETE", "OPTIONS", "POST"] {
+        let up = upstream(false).await;
+        let cluster = cluster(up.addr, PoolSettings::default(), UpstreamProtocol::Http1);
+        let client = client(RouteBuilder::new("all").forward(cluster).unwrap());
+        let body = Body::new(Chunks(vec!["query", "more"].into_iter()));
+        let request = Request::builder().method(method).uri("http://up/search").body(body).unwrap();
+        assert_eq!(text(client.oneshot(request).await.unwrap()).await, "/search 9", "{method}");
+    }
+}
+
+#[tokio::test]
+async fn bug_http2_to_an_endpoint_that_retired_connected_again_and_again() {
+    let up = upstream(true).await;
+    let registry = Clusters::new();
+    let cluster = |endpoints: Vec<EndpointSpec>| {
+        let mut spec = ClusterSpec::new(ClusterName::custom("up"), Discovery::Static(endpoints));
+        spec.protocol = UpstreamProtocol::Http2;
+        let cluster = Arc::new(Cluster::new(spec));
+        registry.reconcile(std::slice::from_ref(&cluster));
+        cluster
+    };
+    let old = cluster(vec![EndpointSpec::new(up.addr)]);
+    let new = cluster(Vec::new());
+    assert!(old.endpoints().iter().all(|endpoint| endpoint.is_retired()));
+    let client = client(RouteBuilder::new("all").forward(old).unwrap());
+    let exchange = tokio::time::timeout(Duration::from_secs(10), client.oneshot(get("/old")));
+    assert_eq!(text(exchange.await.expect("it ends").unwrap()).await, "/old 0");
+    assert_eq!(up.connections.load(Ordering::SeqCst), 1);
+    drop(new);
+}
+
+/// An address that accepts no connection and refuses none: its backlog is full.
+fn black_hole() -> (SocketAddr, Vec<Box<dyn std::any::Any>>) {
+    let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    listener.listen(0).unwrap();
+    let addr = listener.local_addr().unwrap().as_socket().unwrap();
+    let mut kept: Vec<Box<dyn std::any::Any>> = vec![Box::new(listener)];
+    for _ in 0..8 {
+        let filler = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        filler.set_nonblocking(true).unwrap();
+        // In progress, or waiting for ever.
+        let _ = filler.connect(&addr.into());
+        kept.push(Box::new(filler));
+    }
+    (addr, kept)
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_requests_that_waited_for_one_connection_failed_one_after_the_other() {
+    let (addr, _kept) = black_hole();
+    let pool = PoolSettings { connect_timeout: Duration::from_secs(10), ..PoolSettings::default() };
+    let cluster = cluster(addr, pool, UpstreamProtocol::Http2);
+    let runtime = Arc::clone(cluster.runtime().unwrap());
+    let client = client(RouteBuilder::new("all").forward(cluster).unwrap());
+    let started = tokio::time::Instant::now();
+    let mut requests = tokio::task::JoinSet::new();
+    for _ in 0..50 {
+        requests.spawn(client.clone().oneshot(get("/")));
+    }
+    while let Some(response) = requests.join_next().await {
+        let error = response.unwrap().unwrap_err();
+        assert_eq!(error.flags(), ResponseFlags::UPSTREAM_CONNECTION_FAILURE);
+        assert!(error.details().contains("connection_timeout"), "{error}");
+    }
+    assert_eq!(started.elapsed(), Duration::from_secs(10), "all of them after one timeout");
+    assert_eq!((runtime.pending(), runtime.requests(), runtime.connections()), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn bug_a_connection_that_was_still_sending_was_waited_for_by_nobody() {
+    // Answers each head at once, whatever of its body is still to come.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut received = Vec::new();
+        let mut answered = 0;
+        while stream.read_buf(&mut received).await.is_ok_and(|read| read > 0) {
+            let text = String::from_utf8_lossy(&received);
+            let heads = text.matches("HTTP/1.1").count();
+            for _ in answered..heads {
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+            }
+            answered = heads;
+        }
+    });
+    let pool = PoolSettings { max_connections: 1, ..PoolSettings::default() };
+    let cluster = cluster(addr, pool, UpstreamProtocol::Http1);
+    let runtime = Arc::clone(cluster.runtime().unwrap());
+    let client = client(RouteBuilder::new("all").forward(cluster).unwrap());
+    let (more, rest) = tokio::sync::mpsc::channel(1);
+    let upload = Request::post("http://up/first").body(Body::new(Channel(rest))).unwrap();
+    assert_eq!(text(client.clone().oneshot(upload).await.unwrap()).await, "ok");
+    let second = tokio::spawn(client.oneshot(get("/second")));
+    until(|| runtime.pending() == 1).await;
+    drop(more);
+    let second = tokio::time::timeout(Duration::from_secs(10), second).await.expect("it ends");
+    assert_eq!(text(second.unwrap().unwrap()).await, "ok");
+}
+
+/// A body that ends when its sender is dropped.
+struct Channel(tokio::sync::mpsc::Receiver<Bytes>);
+
+impl http_body::Body for Channel {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<http_body::Frame<Bytes>, Error>>> {
+        self.0.poll_recv(cx).map(|data| data.map(|data| Ok(http_body::Frame::data(data))))
+    }
+}

@@ -57,6 +57,7 @@ const POLICY: &[&str] = &[
     "outlierDetection.interval",
     "outlierDetection.baseEjectionTime",
     "outlierDetection.maxEjectionPercent",
+    "outlierDetection.minHealthPercent",
     "outlierDetection.outlierDetectionHttpErrorCodes",
     "retryBudget",
     "portLevelSettings[*].port",

@@ -91,6 +91,11 @@ fn outlier_detection(settings: &istio::OutlierDetection, mesh: &Mesh<'_>) -> Out
             .ok()
             .filter(|percent| *percent > 0)
             .unwrap_or(defaults.max_ejection_percent),
+        min_health_percent: match (u32::try_from(settings.min_health_percent), mesh.cx.compat) {
+            (Ok(0) | Err(_), mesh_core::Compat::V1_1) => 50,
+            (Ok(percent), _) => percent,
+            (Err(_), _) => 0,
+        },
         error_codes: settings
             .outlier_detection_http_error_codes
             .iter()
