@@ -10,7 +10,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use mesh_testkit::process::{ConfigDir, Process};
-use mesh_testkit::raw::exchange;
+use mesh_testkit::raw::{exchange, get_json};
+use mesh_testkit::scripted::{Reply, Scripted};
 use mesh_testkit::upstream::Echo;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -117,6 +118,65 @@ async fn fault_injection() {
     assert_eq!(count("\" 500 FI fault_filter_abort"), 1, "{log}");
     assert_eq!(count("\" 200 DI via_upstream"), usize::try_from(seen[0]).unwrap(), "{log}");
     assert_eq!(count("\" 503 DI,FI fault_filter_abort"), usize::try_from(seen[1]).unwrap(), "{log}");
+}
+
+#[tokio::test]
+async fn retries() {
+    let flaky = Scripted::start("flaky", |_| Reply::Reset).await;
+    let sound = Scripted::start("sound", |_| Reply::Status(200)).await;
+    let example = Example::start("retries.yaml", &[(9080, flaky.addr), (9081, sound.addr)]);
+    for _ in 0..20 {
+        assert_eq!(example.send("GET", "reviews", "/", "").await.status, 200, "the other endpoint answers");
+    }
+    assert!(flaky.requests() > 0 && sound.requests() == 20);
+    let mut failed = 0;
+    for at in 0..20 {
+        // Once it may have been seen, a POST is not repeated, unless its client gave it a key.
+        let key = if at % 2 == 0 { "" } else { "idempotency-key: 7\r\n" };
+        let answer = example.send("POST", "reviews", "/", &format!("{key}content-length: 0\r\n")).await;
+        assert!(answer.status == 200 || key.is_empty(), "{} with a key", answer.status);
+        failed += u32::from(answer.status == 503);
+    }
+    assert!(failed > 0);
+    let log = example.log().await;
+    assert_eq!(log.matches("\" 503 UC ").count(), usize::try_from(failed).unwrap(), "{log}");
+}
+
+#[tokio::test]
+async fn circuit_breaking() {
+    let bad = Scripted::start("bad", |_| Reply::Status(500)).await;
+    let good =
+        Scripted::start("good", |seen| if seen.path == "/held" { Reply::Hang } else { Reply::Status(200) })
+            .await;
+    let example = Example::start("circuit-breaking.yaml", &[(9080, bad.addr), (9081, good.addr)]);
+    let mut failed = 0;
+    while failed < 3 {
+        failed += u32::from(example.send("GET", "reviews", "/", "").await.status == 500);
+    }
+    for _ in 0..20 {
+        assert_eq!(example.send("GET", "reviews", "/", "").await.status, 200, "the bad one is left out");
+    }
+    let clusters = get_json(example.sidecar.address("admin"), "/clusters").await;
+    let clusters = clusters["clusters"].as_array().unwrap();
+    let reviews = clusters.iter().find(|c| c["name"].as_str().unwrap().contains("reviews")).unwrap();
+    assert_eq!(reviews["outlier_detection"]["ejected"], 1, "{reviews}");
+    let event = reviews["outlier_detection"]["events"][0]["what"].as_str().unwrap();
+    assert!(event.contains("3 consecutive5xxErrors reached"), "{event}");
+
+    let outbound = example.sidecar.address("outbound");
+    let mut held = Vec::new();
+    for at in 1..=4 {
+        let mut stream = TcpStream::connect(outbound).await.unwrap();
+        stream.write_all(b"GET /held HTTP/1.1\r\nhost: reviews\r\n\r\n").await.unwrap();
+        held.push(stream);
+        let asked = async || good.seen().iter().filter(|seen| seen.path == "/held").count() == at;
+        mesh_testkit::until("a request in flight", asked).await;
+    }
+    let refused = example.send("GET", "reviews", "/", "").await;
+    assert_eq!((refused.status, refused.header("x-envoy-overloaded")), (503, Some("true")));
+    drop(held);
+    let log = example.log().await;
+    assert_eq!(log.matches("\" 503 UO ").count(), 1, "{log}");
 }
 
 #[tokio::test]

@@ -80,7 +80,7 @@ where
     }
 }
 
-/// A block and not an async function: what a function takes lies in its future twice.
+#[allow(clippy::manual_async_fn, reason = "what an async function takes lies in its future twice")]
 fn run(
     shard: Arc<Shard>,
     mut request: Request<Body>,

@@ -494,7 +494,7 @@ mod tests {
     fn dr_od02_ejections_grow_and_decay() {
         let config = OutlierDetection { max_ejection_percent: 100, ..OutlierDetection::default() };
         let mut detector = Detector::default();
-        let start = Instant::now();
+        let start = mesh_core::clock::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         assert!(detector.trip(&config, addr(1), evidence(), 3, at(0)));
         assert_eq!(detector.ejected_until(&addr(1)), Some(at(30)));
@@ -524,7 +524,7 @@ mod tests {
     fn dr_od03_never_more_than_the_share() {
         let config = OutlierDetection { max_ejection_percent: 50, ..OutlierDetection::default() };
         let mut detector = Detector::default();
-        let now = Instant::now();
+        let now = mesh_core::clock::now();
         let tripped: Vec<_> =
             (1..=5).map(|port| detector.trip(&config, addr(port), evidence(), 5, now)).collect();
         assert_eq!(tripped, [true, true, false, false, false]);
@@ -539,7 +539,7 @@ mod tests {
     fn dr_od08_every_decision_is_an_event_with_its_evidence() {
         let config = OutlierDetection { max_ejection_percent: 50, ..OutlierDetection::default() };
         let mut detector = Detector::default();
-        let now = Instant::now();
+        let now = mesh_core::clock::now();
         detector.trip(&config, addr(1), evidence(), 2, now);
         detector.trip(&config, addr(2), evidence(), 2, now);
         detector.sweep(now + Duration::from_secs(30));

@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn dr_rb01_an_interval_is_counted_and_forgotten() {
-        let origin = Instant::now();
+        let origin = mesh_core::clock::now();
         let at = |millis| origin + Duration::from_millis(millis);
         let budget = RetryBudget { interval: Duration::from_secs(1), ..RetryBudget::default() };
         let recent = Recent::default();
