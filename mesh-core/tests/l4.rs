@@ -142,9 +142,17 @@ async fn h9_bytes_count_as_open_and_outlive_a_drain_until_their_end() {
         assert_eq!(server.status()[0].protocol.as_str(), "sniff");
 
         let drain = server.drain().clone();
-        let deadline = if cut { Duration::from_millis(300) } else { Duration::from_secs(30) };
-        let times = DrainTimes { drain_time: Duration::from_millis(20), deadline };
-        let running = tokio::spawn(async move { drain.run(times, pending()).await });
+        let times = DrainTimes { drain_time: Duration::from_millis(20), deadline: Duration::from_secs(30) };
+        // The second signal, which cuts as the deadline does.
+        let (signal, second) = tokio::sync::oneshot::channel::<()>();
+        let running = tokio::spawn(async move {
+            let second = async move {
+                if second.await.is_err() {
+                    pending::<()>().await;
+                }
+            };
+            drain.run(times, second).await
+        });
         until("the listener to close", || server.drain().phase() >= Phase::Closing).await;
         // Who has said nothing is let go; who speaks goes on.
         assert_eq!(silent.read(&mut [0; 1]).await.unwrap_or(0), 0);
@@ -153,8 +161,9 @@ async fn h9_bytes_count_as_open_and_outlive_a_drain_until_their_end() {
         stream.read_exact(&mut still).await.unwrap();
         assert_eq!(&still, b"still");
         if cut {
+            signal.send(()).unwrap();
             assert_eq!(stream.read(&mut [0; 1]).await.unwrap_or(0), 0);
-            assert_eq!(running.await.unwrap(), Drained::Cut(1));
+            assert_eq!(running.await.unwrap(), Drained::AtOnce(1));
         } else {
             drop(stream);
             assert_eq!(running.await.unwrap(), Drained::Finished);
