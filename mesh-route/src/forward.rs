@@ -207,6 +207,7 @@ impl Tries<'_> {
                 }
                 return Next::Done(match outcome {
                     Ok(answer) => self.attempt.respond(answer, self.timeouts.idle, on_upgrade.take()),
+                    Err(failure) if progress.retries > 0 => Err(after_retries(failure.error)),
                     Err(failure) => Err(failure.error),
                 });
             }
@@ -228,8 +229,12 @@ impl Tries<'_> {
     fn next(
         &self,
         outcome: &Result<Answer, Failure>,
-        progress: &Progress,
+        progress: &mut Progress,
     ) -> Result<(Option<Request<Body>>, Permit), Last> {
+        // The retry that has just ended is none any more.
+        if let Some(again) = &mut progress.again {
+            again.permit = None;
+        }
         if progress.retries >= self.policy.attempts {
             return Err(Last::Limit(ResponseFlags::UPSTREAM_RETRY_LIMIT_EXCEEDED));
         }
@@ -254,6 +259,16 @@ impl Tries<'_> {
         let pause = self.policy.backoff.before(retry, &mut self.attempt.shard.lock().rng);
         tokio::time::sleep(pause).await;
     }
+}
+
+/// The reply says, as Envoy's does, that this was not the only try.
+fn after_retries(error: Error) -> Error {
+    const ONE: &str = "reset reason: ";
+    let Some(text) = std::str::from_utf8(error.body()).ok().filter(|text| text.contains(ONE)) else {
+        return error;
+    };
+    let text = text.replacen(ONE, "retried and the latest reset reason: ", 1);
+    error.with_body(text)
 }
 
 fn seen(outcome: &Result<Answer, Failure>) -> Outcome<'_> {

@@ -387,6 +387,20 @@ async fn vs_y09_max_retries_is_a_limit_of_the_cluster() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn bug_a_retry_counted_beside_the_one_that_it_followed() {
+    let up = Scripted::start("up", |_| Reply::Status(500)).await;
+    let policy = "{connectionPool: {http: {maxRetries: 1}}}";
+    let client = compile(&yaml(&[&up], "retries: {attempts: 3, retryOn: 5xx}", policy)).client();
+    let (request, cx) = watched(get("http://reviews/"));
+    assert_eq!(status(&client, request).await, 500);
+    assert_eq!(
+        (cx.attempts(), cx.flags().to_string()),
+        (4, "URX".to_owned()),
+        "one after the other is one at a time"
+    );
+}
+
+#[tokio::test(start_paused = true)]
 async fn vs_y10_what_is_not_idempotent_is_not_repeated_when_asked_for() {
     let annotated = |up: &Scripted| {
         yaml(&[up], "retries: {attempts: 1, retryOn: 5xx}", "")

