@@ -13,3 +13,8 @@ mod logging;
 mod run;
 
 pub use run::{gateway, sidecar};
+
+/// What the README shows compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -236,7 +236,16 @@ impl Diagnostics {
     /// when running), any other as a warning.
     #[must_use]
     pub fn unhonoured(&self, security: Severity) -> Vec<Diagnostic> {
-        self.documents.unmarked(&|node| self.is_marked(node), security)
+        let mut found = self.documents.unmarked(&|node| self.is_marked(node), security);
+        // A resource with an error was not compiled: what it asks for is refused, not ignored.
+        let is_refused = |diagnostic: &Diagnostic| {
+            diagnostic.resource.is_some()
+                && self
+                    .iter()
+                    .any(|known| known.severity == Severity::Error && known.resource == diagnostic.resource)
+        };
+        found.retain(|diagnostic| !is_refused(diagnostic));
+        found
     }
 
     /// Whether there is an error among them.

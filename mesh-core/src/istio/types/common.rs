@@ -169,9 +169,21 @@ impl<'de> Deserialize<'de> for Duration {
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Duration, E> {
                 text.parse().map_err(E::custom)
             }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Duration, E> {
+                Err(E::custom(format_args!(
+                    "{number} has no unit; write it as \"{number}s\" or \"{number}ms\""
+                )))
+            }
+
+            fn visit_f64<E: de::Error>(self, number: f64) -> Result<Duration, E> {
+                Err(E::custom(format_args!(
+                    "{number} has no unit; write it as \"{number}s\" or \"{number}ms\""
+                )))
+            }
         }
 
-        deserializer.deserialize_str(Text)
+        deserializer.deserialize_any(Text)
     }
 }
 
