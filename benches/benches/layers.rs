@@ -20,11 +20,12 @@ use mesh_core::{
     Body, ClusterName, ConnInfo, Direction, EdgeSettings, Error, LocalReplyLayer, NormalizeLayer,
     PathNormalization, RequestContext, Slot, Snapshots,
 };
+use mesh_route::balance::{Choice, Cursors};
 use mesh_route::select::reselect;
 use mesh_route::{
-    BalancerKind, Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec, FaultLayer,
+    Balancer, BalancerKind, Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec, FaultLayer,
     HeadersLayer, RequestView, Route, RouteAction, RouteBuilder, RouteMatch, RouteTable, SelectRouteLayer,
-    VirtualHost, Weighted, balance,
+    VirtualHost, Weighted,
 };
 use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
@@ -83,14 +84,6 @@ fn choices(c: &mut Criterion) {
     let mut rng = SmallRng::seed_from_u64(1);
     let split = Weighted::new([(90, 'a'), (9, 'b'), (1, 'c')]).unwrap();
     c.bench_function("weighted_split", |b| b.iter(|| *split.pick(black_box(&mut rng))));
-    let cluster = cluster(100);
-    let endpoints = cluster.endpoints();
-    for kind in [BalancerKind::RoundRobin, BalancerKind::Random, BalancerKind::LeastRequest] {
-        let mut cursor = 0;
-        c.bench_function(&format!("pick_of_100_{kind:?}"), |b| {
-            b.iter(|| balance::pick(kind, &endpoints, &mut cursor, &mut rng).map(|endpoint| endpoint.id()));
-        });
-    }
     let snapshots = Snapshots::new();
     c.bench_function("config_read_load_full", |b| b.iter(|| snapshots.load().generation()));
     let mut compiler = Compiler::<()>::new(CompileContext::new(Role::Sidecar));
@@ -99,6 +92,37 @@ fn choices(c: &mut Criterion) {
     c.bench_function("normalize_a_normal_path", |b| {
         b.iter(|| PathNormalization::Base.apply(black_box("/api/v1/items")).len());
     });
+}
+
+/// A pick of each kind.
+fn picks(c: &mut Criterion) {
+    let mut rng = SmallRng::seed_from_u64(1);
+    for count in [10, 1_000] {
+        let mut group = c.benchmark_group(format!("pick_of_{count}"));
+        let endpoints = cluster(count).endpoints();
+        for (name, kind) in [
+            ("round_robin", BalancerKind::RoundRobin),
+            ("random", BalancerKind::Random),
+            ("least_request", BalancerKind::LeastRequest),
+            ("peak_ewma", BalancerKind::PeakEwma),
+            ("ring_hash", BalancerKind::ring_hash()),
+            ("maglev", BalancerKind::maglev()),
+        ] {
+            let spec = ClusterSpec::new(ClusterName::custom("a"), Discovery::Static(Vec::new()));
+            let balancer = Balancer::new(&spec.with_balancer(kind), &endpoints);
+            let mut cursors = Cursors::new(0);
+            let mut hash = 0_u64;
+            group.bench_function(name, |b| {
+                b.iter(|| {
+                    hash = hash.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                    let choice = Choice { hash: Some(hash), ..Choice::default() };
+                    let picked = balancer.pick(&choice, &mut cursors, &mut rng, mesh_core::clock::now);
+                    picked.map(|endpoint| endpoint.id())
+                });
+            });
+        }
+        group.finish();
+    }
 }
 
 /// A model that costs nothing to compile, so that publishing it is what is measured.
@@ -204,5 +228,5 @@ fn cluster(endpoints: u16) -> Arc<Cluster> {
     cluster
 }
 
-criterion_group!(benches, route_lookup, routes_of_one_host, choices, absent_policies, stack);
+criterion_group!(benches, route_lookup, routes_of_one_host, choices, picks, absent_policies, stack);
 criterion_main!(benches);

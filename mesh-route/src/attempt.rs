@@ -30,6 +30,7 @@ use mesh_core::{
 };
 use pin_project::pin_project;
 
+use crate::balance::{Choice, peak_ewma};
 use crate::cluster::{BalancerKind, Cluster, Discovery, UpstreamProtocol};
 use crate::endpoint::{Endpoint, InFlight};
 use crate::fault::{AbortKind, Fault};
@@ -46,9 +47,6 @@ const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 /// How often an unsent request is put on another connection. Idle connections may all have died together, so the
 /// last try is always on a new one.
 const UNSENT_TRIES: u32 = 4;
-
-/// How often another endpoint is asked for when one was tried already, as Istio sets it.
-const HOST_SELECTIONS: usize = 5;
 
 /// Where one request goes and for whom.
 pub(crate) struct Attempt<'a> {
@@ -140,12 +138,12 @@ impl<'a> Attempt<'a> {
         Self { shard, cx, cluster, runtime, version, upgrade, fault, current: Mutex::default() }
     }
 
-    /// Tries once. `tried` are the ids of endpoints to avoid while there are others.
+    /// Tries once.
     pub(crate) async fn once(
         &self,
         request: &mut Request<Body>,
         limits: Limits,
-        tried: &[u64],
+        choice: &Choice<'_>,
     ) -> Result<Answer, Failure> {
         let unsent = |error| Failure { error, unsent: true, endpoint: None, injected: None };
         let most = self.cluster.spec().pool.max_requests;
@@ -162,7 +160,7 @@ impl<'a> Attempt<'a> {
         let mut tries = 0;
         loop {
             tries += 1;
-            let endpoint = self.pick(tried).map_err(unsent)?;
+            let endpoint = self.pick(choice).map_err(unsent)?;
             let failure =
                 |error, unsent| Failure { error, unsent, endpoint: Some(endpoint.id()), injected: None };
             let in_flight = endpoint.start_request();
@@ -190,6 +188,11 @@ impl<'a> Attempt<'a> {
             match sent {
                 Ok(Ok(response)) => {
                     let grpc_status = response.headers().get(GRPC_STATUS).and_then(grpc_code);
+                    let now = mesh_core::clock::now();
+                    let took = now.saturating_duration_since(started);
+                    if self.cluster.spec().balancer == BalancerKind::PeakEwma {
+                        endpoint.observe(took, now);
+                    }
                     let answer = Answer {
                         response,
                         first: None,
@@ -201,7 +204,7 @@ impl<'a> Attempt<'a> {
                             _in_flight: in_flight,
                             _permit: permit,
                         },
-                        took: mesh_core::clock::now().saturating_duration_since(started),
+                        took,
                     };
                     return Ok(answer);
                 }
@@ -272,6 +275,9 @@ impl<'a> Attempt<'a> {
     }
 
     fn observe_failure(&self, endpoint: &Endpoint, kind: ErrorKind) {
+        if self.cluster.spec().balancer == BalancerKind::PeakEwma && Observation::of_failure(kind).is_some() {
+            endpoint.observe(peak_ewma::FAILED, mesh_core::clock::now());
+        }
         if let Some(config) = &self.cluster.spec().outlier_detection
             && let Some(seen) = Observation::of_failure(kind)
         {
@@ -286,20 +292,7 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// An endpoint, if possible one that was not tried; after some draws the last one.
-    fn pick(&self, tried: &[u64]) -> Result<Arc<Endpoint>, Error> {
-        self.runtime.let_return(mesh_core::clock::now);
-        let mut picked = self.pick_any()?;
-        for _ in 1..HOST_SELECTIONS {
-            if !tried.contains(&picked.id()) {
-                break;
-            }
-            picked = self.pick_any()?;
-        }
-        Ok(picked)
-    }
-
-    fn pick_any(&self) -> Result<Arc<Endpoint>, Error> {
+    fn pick(&self, choice: &Choice<'_>) -> Result<Arc<Endpoint>, Error> {
         let spec = self.cluster.spec();
         let original = self.cx.conn().original_dst;
         let endpoint = match (&spec.discovery, spec.balancer) {
@@ -310,7 +303,7 @@ impl<'a> Attempt<'a> {
                 addr.set_port(*port);
                 self.runtime.endpoint(addr)
             }),
-            (_, kind) => self.shard.pick(kind, self.runtime, &self.cluster.available()),
+            _ => self.shard.pick(self.cluster, self.runtime, choice),
         };
         endpoint.ok_or_else(|| {
             Error::new(

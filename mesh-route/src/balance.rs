@@ -1,127 +1,383 @@
-//! Picking an endpoint: pure functions of the set, a cursor and a seeded generator (DR-LB01, DR-LB09).
+//! Picking an endpoint.
+//!
+//! A [`Balancer`] is what one cluster picks from: endpoints by priority and locality, hash tables, and which of the
+//! endpoints are available. It is immutable. It is made anew, by whoever changes something (the configuration, the
+//! resolver, outlier detection), and published to the workers, so that a pick is a pure function of balancer, key,
+//! cursor, time and a seeded generator: it neither locks nor allocates, and looks at nobody's state but the numbers that
+//! the algorithm compares.
+//!
+//! In this order: the priority by its load ([`priority`]), the locality by its weight where localities have weights, then
+//! one of its available endpoints by the algorithm. With a hash, the table of the priority takes the place of the latter
+//! two: it holds all endpoints, and steps over those that are out, so that nobody else's keys move.
 
-use std::sync::Arc;
+mod least_request;
+pub mod locality;
+pub mod maglev;
+pub mod peak_ewma;
+pub mod priority;
+mod random;
+pub mod ring_hash;
+mod round_robin;
+mod warm_up;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Instant;
 
 use rand::{Rng, RngExt as _};
 
-use crate::cluster::BalancerKind;
-use crate::endpoint::{Endpoint, EndpointSet};
+pub use self::locality::LocalityWeights;
+pub use self::round_robin::Cursors;
+pub use self::warm_up::WarmUp;
 
-/// Picks an endpoint; `None` when there is none. `cursor` belongs to the cluster and the caller, and moves on with
-/// every pick of a round robin.
-pub fn pick<'e>(
+use self::warm_up::Warming;
+use crate::cluster::{BalancerKind, ClusterSpec};
+use crate::endpoint::{Endpoint, EndpointSet, Member};
+
+/// How often an endpoint is drawn to find one that was not tried, as Istio sets it.
+const HOST_SELECTIONS: usize = 5;
+
+/// After how many tries the priorities of those before are left out, as Istio sets it.
+const PRIORITY_UPDATES: usize = 2;
+
+/// What a request wishes of a pick.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Choice<'a> {
+    /// The key; `None` picks by chance. Without meaning where the algorithm has no table.
+    pub hash: Option<u64>,
+    /// The ids of the endpoints that were tried before, in order.
+    pub tried: &'a [u64],
+    /// Picks again, up to five times, when an endpoint was tried before (`retryIgnorePreviousHosts`). Off where the
+    /// algorithm has a table.
+    pub ignore_previous_hosts: bool,
+    /// After every second try leaves out the priorities that were tried while there are others
+    /// (`retryRemoteLocalities`).
+    pub remote_localities: bool,
+}
+
+/// What a cluster picks from.
+#[derive(Debug)]
+pub struct Balancer {
+    layout: Arc<Layout>,
+    levels: Box<[Level]>,
+}
+
+/// What stays when availability changes.
+#[derive(Debug)]
+struct Layout {
     kind: BalancerKind,
-    endpoints: &'e EndpointSet,
-    cursor: &mut usize,
-    rng: &mut impl Rng,
-) -> Option<&'e Arc<Endpoint>> {
-    if endpoints.len() <= 1 {
-        return endpoints.iter().next();
+    warm_up: Option<WarmUp>,
+    /// The panic threshold; `None` when nobody is ever out.
+    panic_threshold: Option<u32>,
+    tiers: Box<[Tier]>,
+}
+
+/// All endpoints of a priority.
+#[derive(Debug)]
+struct Tier {
+    priority: u32,
+    endpoints: Arc<EndpointSet>,
+    table: Option<Arc<Table>>,
+    /// Weight and endpoints of each locality; empty when localities have no weights.
+    localities: Box<[(u32, Arc<EndpointSet>)]>,
+}
+
+/// What a priority takes now.
+#[derive(Debug)]
+struct Level {
+    load: priority::Load,
+    /// How much it can take, in percent.
+    available: u32,
+    /// The loads up to here.
+    upto: u32,
+    /// Whether some endpoints are stepped over.
+    partial: bool,
+    parts: Box<[Part]>,
+}
+
+/// Endpoints that are available.
+#[derive(Debug)]
+struct Part {
+    /// The weights of the localities up to here.
+    upto: u64,
+    /// The place of its cursor.
+    index: usize,
+    endpoints: Arc<EndpointSet>,
+    warming: Option<Warming>,
+}
+
+impl Balancer {
+    /// What a cluster with these endpoints picks from.
+    #[must_use]
+    pub fn new(spec: &ClusterSpec, endpoints: &Arc<EndpointSet>) -> Self {
+        Self::with_tables(spec, endpoints, &Tables::default())
     }
-    match kind {
-        BalancerKind::RoundRobin => {
-            let turn = *cursor;
-            *cursor = cursor.wrapping_add(1);
-            endpoints.at_turn(turn).or_else(|| Some(by_weight(endpoints, rng)?.0))
+
+    pub(crate) fn with_tables(spec: &ClusterSpec, endpoints: &Arc<EndpointSet>, tables: &Tables) -> Self {
+        let warms_up = matches!(spec.balancer, BalancerKind::RoundRobin | BalancerKind::LeastRequest);
+        let layout = Layout {
+            kind: spec.balancer,
+            warm_up: spec.warm_up.filter(|_| warms_up),
+            panic_threshold: spec.outlier_detection.as_ref().map(|config| config.min_health_percent),
+            tiers: tiers(spec, endpoints, tables),
+        };
+        Self::available(Arc::new(layout))
+    }
+
+    /// The same with the endpoints that are available now.
+    pub(crate) fn renew(&self) -> Self {
+        Self::available(Arc::clone(&self.layout))
+    }
+
+    fn available(layout: Arc<Layout>) -> Self {
+        let is_out = |endpoint: &Endpoint| layout.panic_threshold.is_some() && endpoint.is_ejected();
+        let counts: Vec<_> = layout
+            .tiers
+            .iter()
+            .map(|tier| {
+                let all = tier.endpoints.len();
+                (all - tier.endpoints.iter().filter(|endpoint| is_out(endpoint)).count(), all)
+            })
+            .collect();
+        let loads = priority::loads(&counts, layout.panic_threshold.unwrap_or(0));
+        let (mut upto, mut index) = (0, 0);
+        let levels = layout.tiers.iter().zip(loads).zip(&counts).map(|((tier, load), (available, all))| {
+            let partial = available < all && !load.panic;
+            let left = |endpoints: &Arc<EndpointSet>| {
+                if !partial {
+                    return Arc::clone(endpoints);
+                }
+                let left = endpoints.members().filter(|member| !is_out(&member.endpoint)).cloned();
+                Arc::new(EndpointSet::of(left))
+            };
+            let mut part = |upto, endpoints: Arc<EndpointSet>| {
+                index += 1;
+                let warming = Warming::of(layout.warm_up, &endpoints);
+                Part { upto, index: index - 1, endpoints, warming }
+            };
+            let parts: Box<[_]> = if tier.localities.is_empty() || load.panic {
+                Box::new([part(1, left(&tier.endpoints))])
+            } else {
+                let mut weights = 0;
+                tier.localities
+                    .iter()
+                    .map(|(weight, endpoints)| {
+                        let left = left(endpoints);
+                        weights +=
+                            u64::from(*weight) * u64::from(priority::available(left.len(), endpoints.len()));
+                        part(weights, left)
+                    })
+                    .collect()
+            };
+            upto += load.percent;
+            let available = if load.panic { 100 } else { priority::available(*available, *all) };
+            Level { load, available, upto, partial, parts }
+        });
+        let levels = levels.collect();
+        Self { layout, levels }
+    }
+
+    /// How it picks.
+    #[must_use]
+    pub fn kind(&self) -> BalancerKind {
+        self.layout.kind
+    }
+
+    /// Each priority with what it takes and all its endpoints.
+    pub fn priorities(&self) -> impl ExactSizeIterator<Item = (u32, priority::Load, &EndpointSet)> {
+        let both = self.layout.tiers.iter().zip(&self.levels);
+        both.map(|(tier, level)| (tier.priority, level.load, &*tier.endpoints))
+    }
+
+    /// Picks an endpoint; `None` when none is available. `cursors` belong to the cluster and the caller; `now` is asked
+    /// for only where time counts.
+    pub fn pick(
+        &self,
+        choice: &Choice<'_>,
+        cursors: &mut Cursors,
+        rng: &mut impl Rng,
+        now: impl Fn() -> Instant,
+    ) -> Option<&Arc<Endpoint>> {
+        if self.layout.kind.is_by_hash() {
+            let hash = choice.hash.unwrap_or_else(|| rng.random());
+            let (tier, level) = self.level(choice, || (hash % 100) as u32)?;
+            return tier.table.as_ref()?.pick(hash, &tier.endpoints, level.partial);
         }
-        BalancerKind::Random | BalancerKind::Passthrough => Some(by_weight(endpoints, rng)?.0),
-        BalancerKind::LeastRequest => {
-            let (first, first_weight) = by_weight(endpoints, rng)?;
-            let (second, second_weight) = by_weight(endpoints, rng)?;
-            // Compares load per weight without dividing: a/v < b/w is a*w < b*v.
-            let load = |endpoint: &Endpoint, weight: u32| u64::from(endpoint.in_flight()) * u64::from(weight);
-            let first_is_busier = load(first, second_weight) > load(second, first_weight);
-            Some(if first_is_busier { second } else { first })
+        let mut draw = || {
+            let (_, level) = self.level(choice, || rng.random_range(0..100))?;
+            let part = level.part(rng)?;
+            self.pick_of(part, cursors, rng, &now).map(|member| &member.endpoint)
+        };
+        let mut picked = draw()?;
+        if choice.ignore_previous_hosts && !choice.tried.is_empty() {
+            for _ in 1..HOST_SELECTIONS {
+                if !choice.tried.contains(&picked.id()) {
+                    break;
+                }
+                picked = draw()?;
+            }
+        }
+        Some(picked)
+    }
+
+    fn pick_of<'e, R: Rng>(
+        &self,
+        part: &'e Part,
+        cursors: &mut Cursors,
+        rng: &mut R,
+        now: &impl Fn() -> Instant,
+    ) -> Option<&'e Member> {
+        let endpoints = &*part.endpoints;
+        if endpoints.len() <= 1 {
+            return endpoints.at(0);
+        }
+        let mut draw = |rng: &mut R| match self.layout.kind {
+            BalancerKind::RoundRobin => round_robin::pick(endpoints, cursors.next(part.index), rng),
+            BalancerKind::LeastRequest => least_request::pick(endpoints, rng),
+            BalancerKind::PeakEwma => peak_ewma::pick(endpoints, now(), rng),
+            _ => random::pick(endpoints, rng),
+        };
+        match &part.warming {
+            None => draw(rng),
+            Some(warming) => warming.draw(now(), rng, draw),
+        }
+    }
+
+    fn level(&self, choice: &Choice<'_>, draw: impl FnOnce() -> u32) -> Option<(&Tier, &Level)> {
+        let index = match &*self.levels {
+            [] => return None,
+            [only] => (only.load.percent > 0).then_some(0)?,
+            levels => {
+                let draw = draw();
+                match self.remote(choice, draw) {
+                    Some(index) => index,
+                    None => levels.iter().position(|level| draw < level.upto)?,
+                }
+            }
+        };
+        Some((&self.layout.tiers[index], &self.levels[index]))
+    }
+
+    /// The priority of a retry that leaves out those that were tried: what the others can take, in order. `None` when
+    /// it is like any other, or all were tried.
+    fn remote(&self, choice: &Choice<'_>, draw: u32) -> Option<usize> {
+        let counted = choice.tried.len() - choice.tried.len() % PRIORITY_UPDATES;
+        if !choice.remote_localities || counted == 0 {
+            return None;
+        }
+        let tried = &choice.tried[..counted];
+        let left = || {
+            let was_tried =
+                |tier: &Tier| tier.endpoints.iter().any(|endpoint| tried.contains(&endpoint.id()));
+            let tiers = self.layout.tiers.iter().zip(&self.levels).enumerate();
+            tiers.filter(move |(_, (tier, _))| !was_tried(tier)).map(|(at, (_, level))| (at, level.available))
+        };
+        let total = left().map(|(_, available)| available).sum::<u32>().min(100);
+        let mut upto = 0;
+        left().find_map(|(at, available)| {
+            upto += (available * 100).checked_div(total)?;
+            (draw < upto).then_some(at)
+        })
+    }
+}
+
+impl Level {
+    fn part(&self, rng: &mut impl Rng) -> Option<&Part> {
+        match &*self.parts {
+            [only] => Some(only),
+            [.., last] if last.upto > 0 => {
+                let draw = rng.random_range(0..last.upto);
+                self.parts.get(self.parts.partition_point(|part| part.upto <= draw))
+            }
+            _ => None,
         }
     }
 }
 
-fn by_weight<'e>(endpoints: &'e EndpointSet, rng: &mut impl Rng) -> Option<(&'e Arc<Endpoint>, u32)> {
-    endpoints.at_share(rng.random_range(0..endpoints.total()))
+/// The endpoints by priority.
+fn tiers(spec: &ClusterSpec, endpoints: &Arc<EndpointSet>, tables: &Tables) -> Box<[Tier]> {
+    let mut by_priority: BTreeMap<u32, Vec<Member>> = BTreeMap::new();
+    for member in endpoints.members() {
+        by_priority.entry(member.priority).or_default().push(member.clone());
+    }
+    let is_table = spec.balancer.is_by_hash();
+    let whole = by_priority.len() == 1 && spec.locality_weights.is_none();
+    by_priority
+        .into_iter()
+        .map(|(priority, members)| {
+            let localities = spec.locality_weights.as_ref().map(|weights| weights.split(&members));
+            let (endpoints, localities): (_, Box<[_]>) = match localities {
+                None if whole => (Arc::clone(endpoints), Box::default()),
+                None => (Arc::new(EndpointSet::of(members)), Box::default()),
+                // A table has no localities: their weights become those of the endpoints.
+                Some(localities) if is_table => {
+                    (Arc::new(EndpointSet::of(locality::flatten(localities))), Box::default())
+                }
+                Some(localities) => {
+                    let sets = localities
+                        .into_iter()
+                        .map(|(weight, members)| (weight, Arc::new(EndpointSet::of(members))));
+                    let sets: Box<[_]> = sets.collect();
+                    let all = sets.iter().flat_map(|(_, set)| set.members()).cloned();
+                    (Arc::new(EndpointSet::of(all)), sets)
+                }
+            };
+            let table = is_table.then(|| tables.get(spec.balancer, &endpoints));
+            Tier { priority, endpoints, table, localities }
+        })
+        .filter(|tier| !tier.endpoints.is_empty())
+        .collect()
+}
+
+/// A table that finds the endpoint of a key, by its index in the set.
+#[derive(Debug)]
+enum Table {
+    Ring(ring_hash::Ring),
+    Maglev(maglev::Maglev),
+}
+
+impl Table {
+    fn new(kind: BalancerKind, endpoints: &EndpointSet) -> Self {
+        match kind {
+            BalancerKind::Maglev { table_size } => Self::Maglev(maglev::Maglev::new(endpoints, table_size)),
+            BalancerKind::RingHash { minimum_size } => {
+                Self::Ring(ring_hash::Ring::new(endpoints, minimum_size))
+            }
+            _ => Self::Ring(ring_hash::Ring::new(endpoints, ring_hash::MINIMUM_SIZE)),
+        }
+    }
+
+    fn pick<'e>(&self, hash: u64, endpoints: &'e EndpointSet, partial: bool) -> Option<&'e Arc<Endpoint>> {
+        let wanted = |endpoint: &Endpoint| !partial || !endpoint.is_ejected();
+        match self {
+            Self::Ring(ring) => ring.pick(hash, endpoints, wanted),
+            Self::Maglev(maglev) => maglev.pick(hash, endpoints, wanted),
+        }
+    }
+}
+
+/// The tables of a process: clusters with equal endpoints share theirs. Only who makes clusters or resolves names comes
+/// here.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tables(Arc<Mutex<HashMap<TableKey, Weak<Table>>>>);
+
+type TableKey = (BalancerKind, Box<[(SocketAddr, u32)]>);
+
+impl Tables {
+    fn get(&self, kind: BalancerKind, endpoints: &EndpointSet) -> Arc<Table> {
+        let members = endpoints.members().map(|member| (member.endpoint.addr(), member.weight)).collect();
+        let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (kind, members);
+        if let Some(table) = tables.get(&key).and_then(Weak::upgrade) {
+            return table;
+        }
+        tables.retain(|_, table| table.strong_count() > 0);
+        let table = Arc::new(Table::new(kind, endpoints));
+        tables.insert(key, Arc::downgrade(&table));
+        table
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-    use std::net::SocketAddr;
-
-    use proptest::prelude::*;
-    use rand::SeedableRng as _;
-    use rand::rngs::SmallRng;
-
-    use super::*;
-
-    fn set(weights: &[u32]) -> EndpointSet {
-        EndpointSet::new(weights.iter().zip(1..).map(|(weight, port)| {
-            (Arc::new(Endpoint::new(SocketAddr::from(([127, 0, 0, 1], port)))), *weight)
-        }))
-    }
-
-    fn counts(kind: BalancerKind, endpoints: &EndpointSet, picks: usize) -> BTreeMap<u16, usize> {
-        let mut rng = SmallRng::seed_from_u64(7);
-        let mut cursor = 0;
-        let mut counts = BTreeMap::new();
-        for _ in 0..picks {
-            let endpoint = pick(kind, endpoints, &mut cursor, &mut rng).unwrap();
-            *counts.entry(endpoint.addr().port()).or_default() += 1;
-        }
-        counts
-    }
-
-    #[test]
-    fn dr_lb01_round_robin_is_exact() {
-        assert_eq!(
-            counts(BalancerKind::RoundRobin, &set(&[1, 1, 1]), 300),
-            BTreeMap::from([(1, 100), (2, 100), (3, 100)])
-        );
-    }
-
-    #[test]
-    fn dr_lb09_weights_are_honoured_and_zero_takes_nothing() {
-        let weighted = set(&[5, 0, 1]);
-        assert_eq!(counts(BalancerKind::RoundRobin, &weighted, 600), BTreeMap::from([(1, 500), (3, 100)]));
-        for kind in [BalancerKind::Random, BalancerKind::LeastRequest] {
-            let counts = counts(kind, &weighted, 60_000);
-            assert!(
-                (49_000..51_000).contains(&counts[&1]) && !counts.contains_key(&2),
-                "{kind:?} {counts:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn dr_lb01_least_request_prefers_the_less_loaded_of_two() {
-        let endpoints = set(&[1, 1]);
-        let busy: Vec<_> = (0..10).map(|_| endpoints.iter().next().unwrap().start_request()).collect();
-        let counts = counts(BalancerKind::LeastRequest, &endpoints, 10_000);
-        // The busy one is picked only when both draws name it.
-        assert!((2_200..2_800).contains(&counts[&1]), "{counts:?}");
-        drop(busy);
-        assert_eq!(endpoints.iter().next().unwrap().in_flight(), 0);
-    }
-
-    #[test]
-    fn nothing_is_picked_from_nothing() {
-        let mut rng = SmallRng::seed_from_u64(1);
-        for kind in [BalancerKind::RoundRobin, BalancerKind::Random, BalancerKind::LeastRequest] {
-            assert!(pick(kind, &set(&[]), &mut 0, &mut rng).is_none());
-            assert!(pick(kind, &set(&[0]), &mut 0, &mut rng).is_none());
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn dr_lb09_a_period_of_turns_has_exactly_the_weights(weights in proptest::collection::vec(1_u32..12, 1..8)) {
-            let endpoints = set(&weights);
-            let period: u32 = weights.iter().sum();
-            let counts = counts(BalancerKind::RoundRobin, &endpoints, period as usize);
-            let expected: BTreeMap<u16, usize> = if endpoints.len() == 1 {
-                BTreeMap::from([(1, period as usize)])
-            } else {
-                (1..).zip(weights.iter().map(|weight| *weight as usize)).collect()
-            };
-            // Equal weights take turns by one, so a period of theirs is the number of endpoints; the counts agree.
-            prop_assert_eq!(counts, expected);
-        }
-    }
-}
+mod tests;

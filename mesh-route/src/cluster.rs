@@ -10,9 +10,14 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
+
 use mesh_core::{ClusterName, UpstreamTls};
 
+use crate::balance::locality::{ClientLocality, LocalityPreference, Place};
+use crate::balance::{Balancer, LocalityWeights, Tables, WarmUp, maglev, ring_hash};
 use crate::endpoint::EndpointSet;
+use crate::hash_policy::HashPolicy;
 use crate::outlier::OutlierDetection;
 use crate::retry::RetryBudget;
 use crate::runtime::ClusterRuntime;
@@ -29,6 +34,7 @@ struct Attached {
     runtime: Arc<ClusterRuntime>,
     /// The endpoints that configuration lists; `None` when the runtime finds them.
     listed: Option<Arc<EndpointSet>>,
+    balancer: ArcSwap<Balancer>,
 }
 
 impl Cluster {
@@ -66,29 +72,44 @@ impl Cluster {
         }
     }
 
-    /// The endpoints that requests may go to: those that are not ejected, or all when too few are left (DR-OD04).
-    pub(crate) fn available(&self) -> Arc<EndpointSet> {
-        let all = self.endpoints();
-        let Some(config) = &self.spec.outlier_detection else { return all };
-        if !all.iter().any(|endpoint| endpoint.is_ejected()) {
-            return all;
+    /// What it picks from now; `None` until a registry attached it.
+    #[must_use]
+    pub fn balancer(&self) -> Option<Arc<Balancer>> {
+        self.attached.get().map(|attached| attached.balancer.load_full())
+    }
+
+    /// What it picks from now, for one look.
+    pub(crate) fn with_balancer<T>(&self, look: impl FnOnce(&Balancer) -> T) -> Option<T> {
+        self.attached.get().map(|attached| look(&attached.balancer.load()))
+    }
+
+    /// The resolver has found others.
+    pub(crate) fn endpoints_changed(&self, tables: &Tables) {
+        if let Some(Attached { listed: None, runtime, balancer }) = self.attached.get() {
+            balancer.store(Arc::new(Balancer::with_tables(&self.spec, &runtime.resolved(), tables)));
         }
-        let left: Vec<_> = all
-            .weighted()
-            .filter(|(endpoint, _)| !endpoint.is_ejected())
-            .map(|(endpoint, weight)| (Arc::clone(endpoint), weight))
-            .collect();
-        if left.len() * 100 < all.len() * config.min_health_percent as usize {
-            return all;
+    }
+
+    /// An endpoint was ejected, or has returned.
+    pub(crate) fn availability_changed(&self) {
+        if let Some(attached) = self.attached.get() {
+            let renewed = attached.balancer.load().renew();
+            attached.balancer.store(Arc::new(renewed));
         }
-        Arc::new(EndpointSet::new(left))
     }
 
     /// Attaches the runtime, which counts this cluster among its holders already, and the endpoints that
     /// configuration lists.
-    pub(crate) fn attach(&self, runtime: Arc<ClusterRuntime>, listed: Option<Arc<EndpointSet>>) {
+    pub(crate) fn attach(
+        &self,
+        runtime: Arc<ClusterRuntime>,
+        listed: Option<Arc<EndpointSet>>,
+        tables: &Tables,
+    ) {
+        let endpoints = listed.clone().unwrap_or_else(|| runtime.resolved());
+        let balancer = ArcSwap::from_pointee(Balancer::with_tables(&self.spec, &endpoints, tables));
         // A cluster belongs to one registry; the first keeps it.
-        if let Err(second) = self.attached.set(Attached { runtime, listed }) {
+        if let Err(second) = self.attached.set(Attached { runtime, listed, balancer }) {
             second.runtime.release();
         }
     }
@@ -131,6 +152,13 @@ pub struct ClusterSpec {
     pub discovery: Discovery,
     /// How an endpoint is picked.
     pub balancer: BalancerKind,
+    /// Where the key of a request is, for the kinds that go by one; `None`, the default, picks by chance.
+    pub hash_policy: Option<HashPolicy>,
+    /// The weights of localities; `None`, the default, when localities do not count.
+    pub locality_weights: Option<LocalityWeights>,
+    /// How endpoints that have just appeared take their share, with the kinds that take turns or count requests;
+    /// `None`, the default, at once.
+    pub warm_up: Option<WarmUp>,
     /// The protocol spoken to its endpoints.
     pub protocol: UpstreamProtocol,
     /// How the transport to its endpoints is secured.
@@ -173,13 +201,15 @@ pub struct EndpointSpec {
     pub locality: Arc<str>,
     /// Its labels, sorted by key.
     pub labels: Arc<[(String, String)]>,
+    /// 0, the default, is the first choice; higher ones take what lower ones cannot.
+    pub priority: u32,
 }
 
 impl EndpointSpec {
-    /// An endpoint of weight 1 without locality and labels.
+    /// An endpoint of weight 1 and priority 0, without locality and labels.
     #[must_use]
     pub fn new(addr: SocketAddr) -> Self {
-        Self { addr, weight: 1, locality: Arc::from(""), labels: Arc::from([]) }
+        Self { addr, weight: 1, locality: Arc::from(""), labels: Arc::from([]), priority: 0 }
     }
 }
 
@@ -194,6 +224,25 @@ pub struct DnsEndpoint {
     pub weight: u32,
     /// `region/zone/subzone`; empty when not known.
     pub locality: Arc<str>,
+    /// Its labels, sorted by key.
+    pub labels: Arc<[(String, String)]>,
+    /// 0, the default, is the first choice; higher ones take what lower ones cannot.
+    pub priority: u32,
+}
+
+impl DnsEndpoint {
+    /// An endpoint of weight 1 and priority 0, without locality and labels.
+    #[must_use]
+    pub fn new(host: impl Into<Arc<str>>, port: u16) -> Self {
+        Self {
+            host: host.into(),
+            port,
+            weight: 1,
+            locality: Arc::from(""),
+            labels: Arc::from([]),
+            priority: 0,
+        }
+    }
 }
 
 /// How an endpoint is picked.
@@ -209,6 +258,39 @@ pub enum BalancerKind {
     Random,
     /// The destination before the redirect.
     Passthrough,
+    /// By the key of the request, on a ring.
+    RingHash {
+        /// Least places on the ring; 1024 for Istio.
+        minimum_size: u64,
+    },
+    /// By the key of the request, in Maglev's table.
+    Maglev {
+        /// The places of the table, a prime number; 65 537 for Istio.
+        table_size: u32,
+    },
+    /// The one of two random ones that is expected to answer first, by its latency and its requests in flight
+    /// (DR-LB10; an extension).
+    PeakEwma,
+}
+
+impl BalancerKind {
+    /// A ring of Istio's default size.
+    #[must_use]
+    pub const fn ring_hash() -> Self {
+        Self::RingHash { minimum_size: ring_hash::MINIMUM_SIZE }
+    }
+
+    /// Maglev's table of Istio's default size.
+    #[must_use]
+    pub const fn maglev() -> Self {
+        Self::Maglev { table_size: maglev::TABLE_SIZE }
+    }
+
+    /// Whether the key of a request decides.
+    #[must_use]
+    pub const fn is_by_hash(self) -> bool {
+        matches!(self, Self::RingHash { .. } | Self::Maglev { .. })
+    }
 }
 
 /// The protocol spoken to the endpoints.
@@ -287,6 +369,9 @@ impl ClusterSpec {
             name,
             discovery,
             balancer: BalancerKind::default(),
+            hash_policy: None,
+            locality_weights: None,
+            warm_up: None,
             protocol: UpstreamProtocol::default(),
             tls: UpstreamTls::default(),
             pool: PoolSettings::default(),
@@ -294,5 +379,68 @@ impl ClusterSpec {
             outlier_detection: None,
             retry_budget: None,
         }
+    }
+
+    /// Picks by this algorithm.
+    #[must_use]
+    pub fn with_balancer(self, balancer: BalancerKind) -> Self {
+        Self { balancer, ..self }
+    }
+
+    /// Keeps requests with the same key at the same endpoint, with an algorithm that goes by keys
+    /// ([`BalancerKind::ring_hash`], [`BalancerKind::maglev`]).
+    #[must_use]
+    pub fn with_hash_policy(self, balancer: BalancerKind, policy: HashPolicy) -> Self {
+        Self { balancer, hash_policy: Some(policy), ..self }
+    }
+
+    /// Gives endpoints that have just appeared a growing share.
+    #[must_use]
+    pub fn with_warm_up(self, warm_up: WarmUp) -> Self {
+        Self { warm_up: Some(warm_up), ..self }
+    }
+
+    /// Prefers endpoints as a client does: writes the priorities of the endpoints, or the weights of their localities.
+    /// A priority is left for the next only when its endpoints are ejected, so failover wants outlier detection.
+    #[must_use]
+    pub fn with_locality_preference(
+        mut self,
+        preference: &LocalityPreference,
+        client: &ClientLocality,
+    ) -> Self {
+        let of_spec = |endpoint: &EndpointSpec| {
+            (Arc::clone(&endpoint.locality), Arc::clone(&endpoint.labels), endpoint.weight)
+        };
+        let of_name = |endpoint: &DnsEndpoint| {
+            (Arc::clone(&endpoint.locality), Arc::clone(&endpoint.labels), endpoint.weight)
+        };
+        let known: Vec<_> = match &self.discovery {
+            Discovery::Static(endpoints) => endpoints.iter().map(of_spec).collect(),
+            Discovery::StrictDns(names) => names.iter().map(of_name).collect(),
+            _ => return self,
+        };
+        let places: Vec<_> = known
+            .iter()
+            .map(|(locality, labels, weight)| Place { locality, labels, weight: *weight })
+            .collect();
+        if let Some(weights) = preference.weights(client, &places) {
+            self.locality_weights = Some(weights);
+            return self;
+        }
+        let priorities = preference.priorities(client, &places);
+        match &mut self.discovery {
+            Discovery::Static(endpoints) => {
+                for (endpoint, priority) in endpoints.iter_mut().zip(priorities) {
+                    endpoint.priority = priority;
+                }
+            }
+            Discovery::StrictDns(names) => {
+                for (name, priority) in names.iter_mut().zip(priorities) {
+                    name.priority = priority;
+                }
+            }
+            _ => {}
+        }
+        self
     }
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::task::AbortHandle;
 
-use crate::cluster::{Cluster, Discovery, DnsEndpoint};
+use crate::cluster::{Cluster, Discovery, DnsEndpoint, EndpointSpec};
 use crate::runtime::ClusterRuntime;
 
 /// How often names are resolved again unless a cluster says otherwise. Istio's `dnsRefreshRate` default.
@@ -137,7 +137,13 @@ async fn keep_resolving(
         let Some(cluster) = cluster.upgrade() else { return };
         let most = if first_only { 1 } else { MAX_ADDRESSES };
         cluster.set_resolved(names.iter().zip(&last).flat_map(|(name, found)| {
-            found.iter().take(most).map(|address| (SocketAddr::new(*address, name.port), name.weight))
+            found.iter().take(most).map(|address| EndpointSpec {
+                addr: SocketAddr::new(*address, name.port),
+                weight: name.weight,
+                locality: Arc::clone(&name.locality),
+                labels: Arc::clone(&name.labels),
+                priority: name.priority,
+            })
         }));
         drop(cluster);
         tokio::time::sleep(refresh.max(SHORTEST)).await;
@@ -173,7 +179,7 @@ mod tests {
     }
 
     fn named(discovery: impl Fn(DnsEndpoint) -> Discovery) -> Arc<Cluster> {
-        let name = DnsEndpoint { host: "a.example".into(), port: 80, weight: 1, locality: "".into() };
+        let name = DnsEndpoint::new("a.example", 80);
         let cluster = Arc::new(Cluster::new(ClusterSpec::new(ClusterName::custom("a"), discovery(name))));
         Clusters::new().reconcile(std::slice::from_ref(&cluster));
         cluster
@@ -202,14 +208,14 @@ mod tests {
             clusters.reconcile(std::slice::from_ref(&cluster));
             cluster
         };
-        let name = DnsEndpoint { host: "a.example".into(), port: 80, weight: 1, locality: "".into() };
+        let name = DnsEndpoint::new("a.example", 80);
         let script = answers(&[Some(&["10.0.0.1"]), Some(&["10.0.0.1"]), Some(&["10.0.0.1"])]);
         let discoverer = Discoverer::new(script.clone(), tokio::runtime::Handle::current());
         let by_name = make(Discovery::StrictDns(vec![name]));
         discoverer.follow(std::slice::from_ref(&by_name));
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(script.0.lock().unwrap().len(), 2);
-        let listed = crate::cluster::EndpointSpec::new(([10, 0, 0, 2], 80).into());
+        let listed = EndpointSpec::new(([10, 0, 0, 2], 80).into());
         let fixed = make(Discovery::Static(vec![listed]));
         discoverer.follow(std::slice::from_ref(&fixed));
         tokio::time::sleep(REFRESH * 2).await;

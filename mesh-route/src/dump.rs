@@ -75,11 +75,14 @@ fn cluster(cluster: &Cluster) -> Value {
     let spec = cluster.spec();
     let endpoints: Vec<_> = cluster
         .endpoints()
-        .weighted()
-        .map(|(endpoint, weight)| {
+        .members()
+        .map(|member| {
+            let endpoint = &member.endpoint;
             json!({
                 "address": endpoint.addr().to_string(),
-                "weight": weight,
+                "weight": member.weight,
+                "priority": member.priority,
+                "locality": &*member.locality,
                 "in_flight": endpoint.in_flight(),
                 "connections": endpoint.connections(),
                 "requests": endpoint.requests(),

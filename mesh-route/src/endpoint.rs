@@ -2,12 +2,14 @@
 //!
 //! An [`Endpoint`] is runtime state: it is shared by every generation that names its address in the same cluster, so
 //! that a reload does not forget what is in flight. A set is immutable and belongs to one generation, or to one answer
-//! of the resolver; the weights are the set's.
+//! of the resolver; weights, priorities and localities are the set's.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
+use crate::balance::peak_ewma::PeakEwma;
 use crate::outlier::Counters;
 
 /// Turns of a weighted round robin that are laid out in advance; a set that needs more draws by weight.
@@ -25,13 +27,18 @@ pub struct Endpoint {
     /// Left out by outlier detection.
     ejected: AtomicBool,
     failures: Counters,
+    since: Instant,
+    latency: PeakEwma,
 }
 
 impl Endpoint {
     pub(crate) fn new(addr: SocketAddr) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
+        let since = mesh_core::clock::now();
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
+            since,
+            latency: PeakEwma::new(since),
             addr,
             in_flight: AtomicU32::new(0),
             connections: AtomicU32::new(0),
@@ -89,6 +96,23 @@ impl Endpoint {
         self.ejected.store(ejected, Ordering::Relaxed);
     }
 
+    /// When it first appeared in its cluster, from which a warm-up counts.
+    #[must_use]
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Tells how long the head of a response took, for [`BalancerKind::PeakEwma`](crate::BalancerKind::PeakEwma).
+    pub fn observe(&self, rtt: Duration, now: Instant) {
+        self.latency.observe(rtt, now);
+    }
+
+    /// What it is expected to cost: its latency, decayed to `now`, for each request in flight and one more.
+    #[must_use]
+    pub fn cost(&self, now: Instant) -> f64 {
+        self.latency.read(now) * (f64::from(self.in_flight()) + 1.0)
+    }
+
     /// Its consecutive failures.
     pub(crate) fn failures(&self) -> &Counters {
         &self.failures
@@ -129,27 +153,53 @@ pub struct EndpointSet {
     uniform: bool,
 }
 
+/// An endpoint as one set has it.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// The endpoint.
+    pub endpoint: Arc<Endpoint>,
+    /// Its share, relative to its siblings; 0 takes no traffic.
+    pub weight: u32,
+    /// 0 is the first choice; higher ones take what lower ones cannot.
+    pub priority: u32,
+    /// `region/zone/subzone`; empty when not known.
+    pub locality: Arc<str>,
+}
+
+impl Member {
+    /// A member of priority 0 without locality.
+    #[must_use]
+    pub fn new(endpoint: Arc<Endpoint>, weight: u32) -> Self {
+        Self { endpoint, weight, priority: 0, locality: Arc::from("") }
+    }
+}
+
 #[derive(Debug)]
 struct Entry {
-    endpoint: Arc<Endpoint>,
-    weight: u32,
+    member: Member,
     upto: u64,
 }
 
 impl EndpointSet {
-    /// The set of these endpoints; those of weight 0 are left out.
+    /// The set of these endpoints, of priority 0 and without locality; those of weight 0 are left out.
     #[must_use]
     pub fn new(endpoints: impl IntoIterator<Item = (Arc<Endpoint>, u32)>) -> Self {
+        Self::of(endpoints.into_iter().map(|(endpoint, weight)| Member::new(endpoint, weight)))
+    }
+
+    /// The set of these members; those of weight 0 are left out.
+    #[must_use]
+    pub fn of(members: impl IntoIterator<Item = Member>) -> Self {
         let mut total = 0_u64;
-        let entries: Box<[_]> = endpoints
+        let entries: Box<[_]> = members
             .into_iter()
-            .filter(|(_, weight)| *weight > 0)
-            .map(|(endpoint, weight)| {
-                total = total.saturating_add(u64::from(weight));
-                Entry { endpoint, weight, upto: total }
+            .filter(|member| member.weight > 0)
+            .map(|member| {
+                total = total.saturating_add(u64::from(member.weight));
+                Entry { member, upto: total }
             })
             .collect();
-        let uniform = entries.windows(2).all(|pair| pair[0].weight == pair[1].weight);
+        let uniform = entries.windows(2).all(|pair| pair[0].member.weight == pair[1].member.weight);
         let turns = if uniform { Box::default() } else { turns(&entries) };
         Self { entries, total, turns, uniform }
     }
@@ -168,22 +218,27 @@ impl EndpointSet {
 
     /// The endpoints in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Arc<Endpoint>> {
-        self.entries.iter().map(|entry| &entry.endpoint)
+        self.entries.iter().map(|entry| &entry.member.endpoint)
     }
 
-    /// The endpoints with their weights, in order.
-    pub fn weighted(&self) -> impl ExactSizeIterator<Item = (&Arc<Endpoint>, u32)> {
-        self.entries.iter().map(|entry| (&entry.endpoint, entry.weight))
+    /// The endpoints with what the set says of them, in order.
+    pub fn members(&self) -> impl ExactSizeIterator<Item = &Member> {
+        self.entries.iter().map(|entry| &entry.member)
     }
 
-    /// The endpoint whose share contains `draw`, a number below [`EndpointSet::total`].
-    pub(crate) fn at_share(&self, draw: u64) -> Option<(&Arc<Endpoint>, u32)> {
+    /// The member at this place of the order.
+    pub(crate) fn at(&self, index: usize) -> Option<&Member> {
+        self.entries.get(index).map(|entry| &entry.member)
+    }
+
+    /// The member whose share contains `draw`, a number below [`EndpointSet::total`].
+    pub(crate) fn at_share(&self, draw: u64) -> Option<&Member> {
         let index = if self.uniform && !self.entries.is_empty() {
-            usize::try_from(draw / u64::from(self.entries[0].weight)).ok()?
+            usize::try_from(draw / u64::from(self.entries[0].member.weight)).ok()?
         } else {
             self.entries.partition_point(|entry| entry.upto <= draw)
         };
-        self.entries.get(index).map(|entry| (&entry.endpoint, entry.weight))
+        self.at(index)
     }
 
     /// The sum of the weights.
@@ -191,30 +246,30 @@ impl EndpointSet {
         self.total
     }
 
-    /// The endpoint whose turn it is; `None` when turns by weight would be too many to lay out.
-    pub(crate) fn at_turn(&self, turn: usize) -> Option<&Arc<Endpoint>> {
+    /// The member whose turn it is; `None` when turns by weight would be too many to lay out.
+    pub(crate) fn at_turn(&self, turn: usize) -> Option<&Member> {
         let index = if self.uniform {
             turn.checked_rem(self.entries.len())?
         } else {
             *self.turns.get(turn.checked_rem(self.turns.len())?)? as usize
         };
-        self.entries.get(index).map(|entry| &entry.endpoint)
+        self.at(index)
     }
 }
 
 /// The smooth weighted order: over one period every endpoint has its weight in turns, spread evenly.
 fn turns(entries: &[Entry]) -> Box<[u32]> {
-    let divisor = entries.iter().fold(0, |divisor, entry| gcd(divisor, u64::from(entry.weight)));
-    let period = entries.iter().map(|entry| u64::from(entry.weight) / divisor.max(1)).sum::<u64>();
+    let divisor = entries.iter().fold(0, |divisor, entry| gcd(divisor, u64::from(entry.member.weight)));
+    let period = entries.iter().map(|entry| u64::from(entry.member.weight) / divisor.max(1)).sum::<u64>();
     if period > MAX_TURNS || entries.len() as u64 > MAX_TURNS {
         return Box::default();
     }
     let mut credit: Vec<i64> = vec![0; entries.len()];
-    let sum = entries.iter().map(|entry| i64::from(entry.weight)).sum::<i64>();
+    let sum = entries.iter().map(|entry| i64::from(entry.member.weight)).sum::<i64>();
     (0..period)
         .filter_map(|_| {
             for (credit, entry) in credit.iter_mut().zip(entries) {
-                *credit += i64::from(entry.weight);
+                *credit += i64::from(entry.member.weight);
             }
             // The first of equals, so that the order does not depend on anything else.
             let (index, credit) = credit

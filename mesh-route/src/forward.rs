@@ -6,18 +6,21 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use http::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use http::header::{CONNECTION, CONTENT_TYPE, HOST, SET_COOKIE, UPGRADE};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::upgrade::OnUpgrade;
 use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
 
 use crate::attempt::{self, Answer, Attempt, Failure, Limits};
-use crate::cluster::Discovery;
+use crate::balance::Choice;
+use crate::cluster::{ClusterSpec, Discovery};
 use crate::fault::{AbortKind, Fault};
+use crate::hash_policy::{HashPolicy, RequestHash};
 use crate::headers::{FormatContext, OwnedHead};
 use crate::headers_layer::AfterRoute;
 use crate::overrides::Overrides;
+use crate::request_view::RequestView;
 use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, is_idempotent};
 use crate::route::{Destination, Forward, Route};
 use crate::runtime::Permit;
@@ -48,6 +51,14 @@ pub(crate) async fn forward(
     }
     let version = request.version();
     let on_upgrade = take_upgrade(request);
+    // By the request as the route saw it, before the destination changes it.
+    let key = match &cluster.spec().hash_policy {
+        None => RequestHash::default(),
+        Some(policy) => {
+            let view = RequestView::new(request, cx.conn());
+            policy.hash_or_issue(&view, cx.conn(), &mut shard.lock().rng)
+        }
+    };
     edit(request, forward, destination, cx)?;
     let head = OwnedHead::for_response(&destination.response_headers, request);
     let overrides = forward.client_overrides.then(|| Overrides::take(request.headers_mut()));
@@ -62,7 +73,8 @@ pub(crate) async fn forward(
     let mut response = {
         let overridden = overrides.map(|overrides| Box::new(overrides.retry(&forward.retry)));
         let policy = overridden.as_deref().unwrap_or(&forward.retry);
-        let tries = Tries { attempt: &attempt, policy, timeouts, grpc: is_grpc(request.headers()) };
+        let tries =
+            Tries { attempt: &attempt, policy, timeouts, grpc: is_grpc(request.headers()), hash: key.hash };
         let exchange = std::pin::pin!(tries.run(request, on_upgrade));
         match deadline {
             None => exchange.await,
@@ -76,6 +88,9 @@ pub(crate) async fn forward(
             },
         }
     };
+    if let (Some(issued), Ok(response)) = (key.issued, &mut response) {
+        give_cookie(cluster.spec(), issued, response);
+    }
     apply_response_headers(destination, head, cx, version, &mut response);
     response
 }
@@ -86,6 +101,7 @@ struct Tries<'a> {
     policy: &'a RetryPolicy,
     timeouts: Timeouts,
     grpc: bool,
+    hash: Option<u64>,
 }
 
 /// What is known of a request between its tries.
@@ -133,11 +149,13 @@ impl Tries<'_> {
         let limits = Limits { per_try: self.timeouts.per_try, idle: self.timeouts.idle };
         loop {
             self.timeouts.announce(request.headers_mut(), self.grpc);
-            let tried = match &progress.again {
-                Some(again) if self.policy.ignore_previous_hosts => again.tried.as_slice(),
-                _ => &[],
+            let choice = Choice {
+                hash: self.hash,
+                tried: progress.again.as_ref().map_or(&[], |again| again.tried.as_slice()),
+                ignore_previous_hosts: self.policy.ignore_previous_hosts,
+                remote_localities: self.policy.remote_localities,
             };
-            let outcome = self.attempt.once(request, limits, tried).await;
+            let outcome = self.attempt.once(request, limits, &choice).await;
             let mut next = self.after(outcome, request, &mut progress, &mut on_upgrade);
             if let Next::Look(look) = next {
                 next = self.decide(Ok(*look.await), request, &mut progress, &mut on_upgrade);
@@ -334,6 +352,15 @@ fn set_authority(request: &mut Request<Body>, authority: HeaderValue) {
         *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
     }
     request.headers_mut().insert(HOST, authority);
+}
+
+/// Gives the client the cookie by which it will be known (DR-LB03).
+fn give_cookie(spec: &ClusterSpec, issued: u64, response: &mut Response<Body>) {
+    if let Some(HashPolicy::Cookie(cookie)) = &spec.hash_policy
+        && let Some(value) = cookie.set_cookie(issued)
+    {
+        response.headers_mut().append(SET_COOKIE, value);
+    }
 }
 
 fn apply_response_headers(

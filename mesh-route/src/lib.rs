@@ -20,6 +20,7 @@ mod endpoint;
 mod explain;
 mod fault;
 mod forward;
+pub mod hash_policy;
 pub mod headers;
 mod headers_layer;
 mod index;
@@ -42,6 +43,7 @@ mod tcp;
 mod timeout;
 mod weighted;
 
+pub use balance::{Balancer, LocalityWeights, WarmUp};
 pub use builder::{BuildError, RouteBuilder, RouteTableBuilder};
 pub use cluster::{
     BalancerKind, Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, PoolSettings, TcpKeepalive,
@@ -50,11 +52,12 @@ pub use cluster::{
 pub use cors::{Cors, CorsLayer, CorsPolicy, CorsPolicyBuilder, InvalidCors, UnmatchedPreflights};
 pub use direct_response::DirectResponse;
 pub use dispatch::dispatch;
-pub use endpoint::{Endpoint, EndpointSet};
+pub use endpoint::{Endpoint, EndpointSet, Member};
 pub use explain::{Decision, Explanation, PassedOver, explain};
 pub use fault::{
     Abort, AbortKind, Delay, Fault, FaultLayer, FaultScope, InjectFault, Injected, InvalidFault,
 };
+pub use hash_policy::{HashCookie, HashPolicy, RequestHash};
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
 pub use outlier::OutlierDetection;

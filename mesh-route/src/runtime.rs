@@ -18,14 +18,18 @@ use arc_swap::ArcSwap;
 use mesh_core::ClusterName;
 use tokio::sync::Notify;
 
-use crate::cluster::{Cluster, ClusterSpec, Discovery};
-use crate::endpoint::{Endpoint, EndpointSet};
+use crate::balance::Tables;
+use crate::cluster::{Cluster, ClusterSpec, Discovery, EndpointSpec};
+use crate::endpoint::{Endpoint, EndpointSet, Member};
 use crate::outlier::{Detector, Observation, OutlierDetection};
 use crate::retry::Recent;
 
 /// Every cluster of the process, by name.
 #[derive(Clone, Debug, Default)]
-pub struct Clusters(Arc<Mutex<HashMap<ClusterName, Weak<ClusterRuntime>>>>);
+pub struct Clusters {
+    runtimes: Arc<Mutex<HashMap<ClusterName, Weak<ClusterRuntime>>>>,
+    tables: Tables,
+}
 
 /// The state of one cluster that no configuration defines.
 pub struct ClusterRuntime {
@@ -33,6 +37,9 @@ pub struct ClusterRuntime {
     name: ClusterName,
     resolved: ArcSwap<EndpointSet>,
     known: Mutex<HashMap<SocketAddr, Weak<Endpoint>>>,
+    /// The clusters of living generations, whose balancers follow what happens here.
+    attached: Mutex<Vec<Weak<Cluster>>>,
+    tables: Tables,
     /// Clusters of living generations that are attached.
     holders: AtomicU32,
     pub(crate) connections: AtomicU32,
@@ -60,14 +67,14 @@ impl Clusters {
 
     /// Attaches each cluster to its runtime. Called before the generation that holds them is published.
     pub fn reconcile(&self, clusters: &[Arc<Cluster>]) {
-        let mut runtimes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
         for cluster in clusters {
             if cluster.runtime().is_some() {
                 continue;
             }
             let known = runtimes.get(cluster.name()).and_then(Weak::upgrade);
             let runtime = known.unwrap_or_else(|| {
-                let runtime = Arc::new(ClusterRuntime::new(cluster.name().clone()));
+                let runtime = Arc::new(ClusterRuntime::new(cluster.name().clone(), self.tables.clone()));
                 runtimes.insert(cluster.name().clone(), Arc::downgrade(&runtime));
                 runtime
             });
@@ -77,12 +84,12 @@ impl Clusters {
             }
             let listed = match &cluster.spec().discovery {
                 Discovery::Static(endpoints) => {
-                    let weighted = endpoints.iter().map(|endpoint| (endpoint.addr, endpoint.weight));
-                    Some(Arc::new(runtime.endpoint_set(weighted)))
+                    Some(Arc::new(runtime.endpoint_set(endpoints.iter().cloned())))
                 }
                 _ => None,
             };
-            cluster.attach(runtime, listed);
+            cluster.attach(Arc::clone(&runtime), listed, &self.tables);
+            runtime.follow(cluster);
         }
         runtimes.retain(|_, runtime| runtime.strong_count() > 0);
     }
@@ -90,7 +97,7 @@ impl Clusters {
     /// The runtimes that some generation still holds, in order of name.
     #[must_use]
     pub fn runtimes(&self) -> Vec<Arc<ClusterRuntime>> {
-        let runtimes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
         let mut all: Vec<_> = runtimes.values().filter_map(Weak::upgrade).collect();
         all.sort_by(|left, right| left.name.cmp(&right.name));
         all
@@ -98,13 +105,15 @@ impl Clusters {
 }
 
 impl ClusterRuntime {
-    fn new(name: ClusterName) -> Self {
+    fn new(name: ClusterName, tables: Tables) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             name,
             resolved: ArcSwap::default(),
             known: Mutex::default(),
+            attached: Mutex::default(),
+            tables,
             holders: AtomicU32::new(0),
             connections: AtomicU32::new(0),
             pending: AtomicU32::new(0),
@@ -140,8 +149,42 @@ impl ClusterRuntime {
     }
 
     /// Replaces the endpoints that the resolver found. An address that stays keeps its endpoint.
-    pub fn set_resolved(&self, addresses: impl IntoIterator<Item = (SocketAddr, u32)>) {
-        self.resolved.store(Arc::new(self.endpoint_set(addresses)));
+    pub fn set_resolved(&self, endpoints: impl IntoIterator<Item = EndpointSpec>) {
+        self.resolved.store(Arc::new(self.endpoint_set(endpoints)));
+        self.tell(|cluster| cluster.endpoints_changed(&self.tables));
+    }
+
+    /// Endpoints were ejected or have returned: who changed that has the clusters pick from others.
+    pub(crate) fn availability_changed(&self) {
+        self.tell(Cluster::availability_changed);
+    }
+
+    /// Has a cluster that was attached pick from what is available, now and when that changes.
+    fn follow(&self, cluster: &Arc<Cluster>) {
+        let mut attached = self.attached();
+        attached.push(Arc::downgrade(cluster));
+        // What changed since it was attached it has not been told.
+        cluster.endpoints_changed(&self.tables);
+        cluster.availability_changed();
+    }
+
+    /// One at a time, so that the last who tells has seen everything that was told before.
+    fn tell(&self, what: impl Fn(&Cluster)) {
+        // The last holder of a cluster must not go while the lock is held, so they are let go after it.
+        let mut living = Vec::new();
+        let mut attached = self.attached();
+        attached.retain(|cluster| {
+            let cluster = cluster.upgrade();
+            let is_living = cluster.is_some();
+            living.extend(cluster);
+            is_living
+        });
+        living.iter().for_each(|cluster| what(cluster));
+        drop(attached);
+    }
+
+    fn attached(&self) -> MutexGuard<'_, Vec<Weak<Cluster>>> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The endpoint of an address, for destinations that come with the request.
@@ -246,6 +289,7 @@ impl ClusterRuntime {
         let now = mesh_core::clock::now();
         if detector.trip(config, endpoint.addr(), evidence, endpoints(), now) {
             endpoint.set_ejected(true);
+            self.availability_changed();
         }
         if let Some(event) = detector.events().last() {
             tracing::warn!(cluster = %self.name, endpoint = %event.endpoint, "outlier detection: {}", event.kind);
@@ -264,9 +308,13 @@ impl ClusterRuntime {
             return;
         }
         let mut detector = self.detector();
-        for addr in detector.sweep(now) {
-            self.returned(addr);
+        let returned = detector.sweep(now);
+        for addr in &returned {
+            self.returned(*addr);
             tracing::info!(cluster = %self.name, endpoint = %addr, "outlier detection: returned");
+        }
+        if !returned.is_empty() {
+            self.availability_changed();
         }
         self.set_next_return(&detector);
     }
@@ -278,6 +326,7 @@ impl ClusterRuntime {
         let known: Vec<_> = self.known().values().filter_map(Weak::upgrade).collect();
         known.iter().for_each(|endpoint| endpoint.set_ejected(false));
         self.set_next_return(&detector);
+        self.availability_changed();
     }
 
     fn returned(&self, addr: SocketAddr) {
@@ -318,11 +367,14 @@ impl ClusterRuntime {
         }
     }
 
-    fn endpoint_set(&self, addresses: impl IntoIterator<Item = (SocketAddr, u32)>) -> EndpointSet {
+    fn endpoint_set(&self, endpoints: impl IntoIterator<Item = EndpointSpec>) -> EndpointSet {
         let mut known = self.known();
-        let set = EndpointSet::new(
-            addresses.into_iter().map(|(addr, weight)| (Self::keep(&mut known, addr), weight)),
-        );
+        let set = EndpointSet::of(endpoints.into_iter().map(|spec| Member {
+            endpoint: Self::keep(&mut known, spec.addr),
+            weight: spec.weight,
+            priority: spec.priority,
+            locality: spec.locality,
+        }));
         let listed: HashSet<u64> = set.iter().map(|endpoint| endpoint.id()).collect();
         known.retain(|_, endpoint| {
             let Some(endpoint) = endpoint.upgrade() else { return false };

@@ -11,9 +11,9 @@ use std::time::Duration;
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 
-use crate::balance;
-use crate::cluster::BalancerKind;
-use crate::endpoint::{Endpoint, EndpointSet};
+use crate::balance::{Choice, Cursors};
+use crate::cluster::Cluster;
+use crate::endpoint::Endpoint;
 use crate::pool::{h1, h2};
 use crate::runtime::ClusterRuntime;
 
@@ -31,7 +31,7 @@ pub(crate) struct Inner {
     pub(crate) rng: SmallRng,
     pub(crate) h1: HashMap<u64, h1::Pool, foldhash::fast::RandomState>,
     pub(crate) h2: HashMap<u64, h2::Pool, foldhash::fast::RandomState>,
-    cursors: HashMap<u64, usize, foldhash::fast::RandomState>,
+    cursors: HashMap<u64, Cursors, foldhash::fast::RandomState>,
     sweeping: bool,
 }
 
@@ -60,20 +60,23 @@ impl Shard {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// An endpoint of the cluster; `None` when none is available.
     pub(crate) fn pick(
         &self,
-        kind: BalancerKind,
+        cluster: &Cluster,
         runtime: &ClusterRuntime,
-        endpoints: &EndpointSet,
+        choice: &Choice<'_>,
     ) -> Option<Arc<Endpoint>> {
+        runtime.let_return(mesh_core::clock::now);
         let inner = &mut *self.lock();
-        if kind == BalancerKind::RoundRobin {
-            // Workers begin at different places, or each would send its first request to the same endpoint.
-            let cursor =
-                inner.cursors.entry(runtime.id()).or_insert_with(|| inner.rng.random_range(0..1 << 20));
-            return balance::pick(kind, endpoints, cursor, &mut inner.rng).cloned();
-        }
-        balance::pick(kind, endpoints, &mut 0, &mut inner.rng).cloned()
+        // Workers begin at different places, or each would send its first request to the same endpoint.
+        let new = || Cursors::new(inner.rng.random_range(0..1 << 20));
+        let cursors = inner.cursors.entry(runtime.id()).or_insert_with(new);
+        cluster
+            .with_balancer(|balancer| {
+                balancer.pick(choice, cursors, &mut inner.rng, mesh_core::clock::now).cloned()
+            })
+            .flatten()
     }
 
     /// Starts looking through idle connections, once per shard, on the current runtime.

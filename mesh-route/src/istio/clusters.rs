@@ -125,16 +125,17 @@ impl<'m> Clusters<'m> {
 fn discovery(service: &Service, port: &ServicePort, subset: Option<&Subset>) -> Discovery {
     let in_subset = |instance: &&Arc<Instance>| subset.is_none_or(|s| is_subset(&s.labels, &instance.labels));
     let instances = || service.instances.iter().filter(in_subset);
+    let labels = |instance: &Instance| {
+        instance.labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect::<Arc<[_]>>()
+    };
     let dns = |instance: &Arc<Instance>| DnsEndpoint {
-        host: Arc::clone(&instance.address),
-        port: instance.port(port),
         weight: instance.weight,
         locality: Arc::clone(&instance.locality),
+        labels: labels(instance),
+        ..DnsEndpoint::new(Arc::clone(&instance.address), instance.port(port))
     };
     if let Some(alias) = &service.alias_of {
-        let target =
-            DnsEndpoint { host: Arc::clone(alias), port: port.target, weight: 1, locality: Arc::from("") };
-        return Discovery::StrictDns(vec![target]);
+        return Discovery::StrictDns(vec![DnsEndpoint::new(Arc::clone(alias), port.target)]);
     }
     match service.resolution {
         Resolution::None => Discovery::OriginalDst,
@@ -146,6 +147,7 @@ fn discovery(service: &Service, port: &ServicePort, subset: Option<&Subset>) -> 
                     Some(EndpointSpec {
                         weight: instance.weight,
                         locality: Arc::clone(&instance.locality),
+                        labels: labels(instance),
                         ..EndpointSpec::new(SocketAddr::new(address, instance.port(port)))
                     })
                 })

@@ -21,6 +21,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::relay::{Limits, Meter, relay};
 use super::{TcpDestination, TcpRouteTable};
+use crate::balance::Choice;
 use crate::cluster::{BalancerKind, Cluster, Discovery, PoolSettings};
 use crate::connect::{Connected, connect};
 use crate::endpoint::{Endpoint, InFlight};
@@ -215,7 +216,10 @@ impl TcpDispatch {
                 original.map(|addr| runtime.endpoint(SocketAddr::new(addr.ip(), *port)))
             }
             _ if destination.keeps_address => original.map(|addr| runtime.endpoint(addr)),
-            (_, kind) => self.shard.pick(kind, runtime, &cluster.endpoints()),
+            _ => {
+                let hash = spec.hash_policy.as_ref().and_then(|policy| policy.hash_connection(conn));
+                self.shard.pick(cluster, runtime, &Choice { hash, ..Choice::default() })
+            }
         }
     }
 }

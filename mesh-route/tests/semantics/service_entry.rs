@@ -98,7 +98,7 @@ fn se_03_resolution() {
     assert_eq!(discovery(&with("NONE", "")), Discovery::OriginalDst);
     refused(&with("NONE", endpoints), "spec.endpoints", "no endpoints");
     assert_eq!(addresses(&with("STATIC", endpoints)), [addr("127.0.0.1:80"), addr("127.0.0.2:80")]);
-    let dns = |host: &str| DnsEndpoint { host: host.into(), port: 80, weight: 1, locality: "".into() };
+    let dns = |host: &str| DnsEndpoint::new(host, 80);
     let names = ", endpoints: [{address: b.example.com}, {address: c.example.com}]";
     assert_eq!(
         discovery(&with("DNS", names)),
@@ -145,12 +145,7 @@ fn se_04_endpoints_selectors_and_who_sees_them() {
     // Without endpoints the hosts are what is resolved.
     assert_eq!(
         discovery(&entry(&format!("hosts: [a.example.com], {PORTS}, resolution: DNS"))),
-        Discovery::StrictDns(vec![DnsEndpoint {
-            host: "a.example.com".into(),
-            port: 80,
-            weight: 1,
-            locality: "".into()
-        }])
+        Discovery::StrictDns(vec![DnsEndpoint::new("a.example.com", 80)])
     );
     refused(
         &entry(&format!("hosts: ['*.example.com'], {PORTS}, resolution: DNS")),
@@ -204,12 +199,7 @@ fn we_01_workload_entry() {
     );
     assert_eq!(
         discovery(&named),
-        Discovery::StrictDns(vec![DnsEndpoint {
-            host: "b.example.com".into(),
-            port: 81,
-            weight: 2,
-            locality: "".into()
-        }])
+        Discovery::StrictDns(vec![DnsEndpoint { weight: 2, ..DnsEndpoint::new("b.example.com", 81) }])
     );
     refused(&with("{address: 10.0.0.1, ports: {other: 81}}"), "spec.endpoints[0].ports.other", "no port");
     // A socket: an absolute path, and no ports. Nothing connects to it yet, and that is said.
