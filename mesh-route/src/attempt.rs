@@ -34,8 +34,10 @@ use crate::balance::{Choice, peak_ewma};
 use crate::cluster::{BalancerKind, Cluster, Discovery, UpstreamProtocol};
 use crate::endpoint::{Endpoint, InFlight};
 use crate::fault::{AbortKind, Fault};
+use crate::hash_policy::RequestKey;
 use crate::outlier::Observation;
 use crate::pool::{Slot, exchange_error, h1, h2, overflow};
+use crate::retry::RetryPolicy;
 use crate::runtime::{ClusterRuntime, Permit};
 use crate::shard::Shard;
 use crate::timeout::Deadline;
@@ -56,6 +58,9 @@ pub(crate) struct Attempt<'a> {
     pub(crate) runtime: &'a Arc<ClusterRuntime>,
     pub(crate) version: Version,
     pub(crate) upgrade: bool,
+    pub(crate) key: RequestKey,
+    ignore_previous_hosts: bool,
+    remote_localities: bool,
     /// A fault that is drawn for each try.
     pub(crate) fault: Option<&'a Fault>,
     /// The endpoint of the try that is under way, for a timeout that ends it from outside.
@@ -135,15 +140,34 @@ impl<'a> Attempt<'a> {
         upgrade: bool,
         fault: Option<&'a Fault>,
     ) -> Self {
-        Self { shard, cx, cluster, runtime, version, upgrade, fault, current: Mutex::default() }
+        Self {
+            shard,
+            cx,
+            cluster,
+            runtime,
+            version,
+            upgrade,
+            key: RequestKey::Missing,
+            ignore_previous_hosts: false,
+            remote_localities: false,
+            fault,
+            current: Mutex::default(),
+        }
     }
 
-    /// Tries once.
+    /// Picks endpoints by this key, and those of retries as the policy says.
+    pub(crate) fn choosing(self, key: RequestKey, policy: &RetryPolicy) -> Self {
+        let (ignore_previous_hosts, remote_localities) =
+            (policy.ignore_previous_hosts, policy.remote_localities);
+        Self { key, ignore_previous_hosts, remote_localities, ..self }
+    }
+
+    /// Tries once. `tried` are the ids of the endpoints of the tries before.
     pub(crate) async fn once(
         &self,
         request: &mut Request<Body>,
         limits: Limits,
-        choice: &Choice<'_>,
+        tried: &[u64],
     ) -> Result<Answer, Failure> {
         let unsent = |error| Failure { error, unsent: true, endpoint: None, injected: None };
         let most = self.cluster.spec().pool.max_requests;
@@ -160,7 +184,7 @@ impl<'a> Attempt<'a> {
         let mut tries = 0;
         loop {
             tries += 1;
-            let endpoint = self.pick(choice).map_err(unsent)?;
+            let endpoint = self.pick(tried).map_err(unsent)?;
             let failure =
                 |error, unsent| Failure { error, unsent, endpoint: Some(endpoint.id()), injected: None };
             let in_flight = endpoint.start_request();
@@ -292,7 +316,7 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    fn pick(&self, choice: &Choice<'_>) -> Result<Arc<Endpoint>, Error> {
+    fn pick(&self, tried: &[u64]) -> Result<Arc<Endpoint>, Error> {
         let spec = self.cluster.spec();
         let original = self.cx.conn().original_dst;
         let endpoint = match (&spec.discovery, spec.balancer) {
@@ -303,7 +327,15 @@ impl<'a> Attempt<'a> {
                 addr.set_port(*port);
                 self.runtime.endpoint(addr)
             }),
-            _ => self.shard.pick(self.cluster, self.runtime, choice),
+            _ => {
+                let choice = Choice {
+                    hash: self.key.hash(),
+                    tried,
+                    ignore_previous_hosts: self.ignore_previous_hosts,
+                    remote_localities: self.remote_localities,
+                };
+                self.shard.pick(self.cluster, self.runtime, &choice)
+            }
         };
         endpoint.ok_or_else(|| {
             Error::new(

@@ -13,10 +13,9 @@ use hyper::upgrade::OnUpgrade;
 use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
 
 use crate::attempt::{self, Answer, Attempt, Failure, Limits};
-use crate::balance::Choice;
 use crate::cluster::{ClusterSpec, Discovery};
 use crate::fault::{AbortKind, Fault};
-use crate::hash_policy::{HashPolicy, RequestHash};
+use crate::hash_policy::{HashPolicy, RequestKey};
 use crate::headers::{FormatContext, OwnedHead};
 use crate::headers_layer::AfterRoute;
 use crate::overrides::Overrides;
@@ -53,7 +52,7 @@ pub(crate) async fn forward(
     let on_upgrade = take_upgrade(request);
     // By the request as the route saw it, before the destination changes it.
     let key = match &cluster.spec().hash_policy {
-        None => RequestHash::default(),
+        None => RequestKey::default(),
         Some(policy) => {
             let view = RequestView::new(request, cx.conn());
             policy.hash_or_issue(&view, cx.conn(), &mut shard.lock().rng)
@@ -69,12 +68,12 @@ pub(crate) async fn forward(
         *request.body_mut() = body;
         deadline
     });
-    let attempt = Attempt::new(shard, cx, cluster, runtime, version, on_upgrade.is_some(), fault);
+    let attempt = Attempt::new(shard, cx, cluster, runtime, version, on_upgrade.is_some(), fault)
+        .choosing(key, &forward.retry);
     let mut response = {
         let overridden = overrides.map(|overrides| Box::new(overrides.retry(&forward.retry)));
         let policy = overridden.as_deref().unwrap_or(&forward.retry);
-        let tries =
-            Tries { attempt: &attempt, policy, timeouts, grpc: is_grpc(request.headers()), hash: key.hash };
+        let tries = Tries { attempt: &attempt, policy, timeouts, grpc: is_grpc(request.headers()) };
         let exchange = std::pin::pin!(tries.run(request, on_upgrade));
         match deadline {
             None => exchange.await,
@@ -88,7 +87,7 @@ pub(crate) async fn forward(
             },
         }
     };
-    if let (Some(issued), Ok(response)) = (key.issued, &mut response) {
+    if let (RequestKey::Issued(issued), Ok(response)) = (attempt.key, &mut response) {
         give_cookie(cluster.spec(), issued, response);
     }
     apply_response_headers(destination, head, cx, version, &mut response);
@@ -101,7 +100,6 @@ struct Tries<'a> {
     policy: &'a RetryPolicy,
     timeouts: Timeouts,
     grpc: bool,
-    hash: Option<u64>,
 }
 
 /// What is known of a request between its tries.
@@ -149,13 +147,8 @@ impl Tries<'_> {
         let limits = Limits { per_try: self.timeouts.per_try, idle: self.timeouts.idle };
         loop {
             self.timeouts.announce(request.headers_mut(), self.grpc);
-            let choice = Choice {
-                hash: self.hash,
-                tried: progress.again.as_ref().map_or(&[], |again| again.tried.as_slice()),
-                ignore_previous_hosts: self.policy.ignore_previous_hosts,
-                remote_localities: self.policy.remote_localities,
-            };
-            let outcome = self.attempt.once(request, limits, &choice).await;
+            let tried = progress.again.as_ref().map_or(&[][..], |again| again.tried.as_slice());
+            let outcome = self.attempt.once(request, limits, tried).await;
             let mut next = self.after(outcome, request, &mut progress, &mut on_upgrade);
             if let Next::Look(look) = next {
                 next = self.decide(Ok(*look.await), request, &mut progress, &mut on_upgrade);

@@ -45,11 +45,26 @@ pub struct HashCookie {
 
 /// The key of one request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RequestHash {
-    /// The number that picks the endpoint; `None` picks by chance.
-    pub hash: Option<u64>,
-    /// The cookie that the client is given with the response, as [`HashCookie::set_cookie`] writes it.
-    pub issued: Option<u64>,
+pub enum RequestKey {
+    /// None: an endpoint is picked by chance.
+    #[default]
+    Missing,
+    /// Its number.
+    Hash(u64),
+    /// The value of a cookie that the client is given with the response, as [`HashCookie::set_cookie`] writes it.
+    Issued(u64),
+}
+
+impl RequestKey {
+    /// The number that picks the endpoint.
+    #[must_use]
+    pub fn hash(self) -> Option<u64> {
+        match self {
+            Self::Missing => None,
+            Self::Hash(hash) => Some(hash),
+            Self::Issued(value) => Some(xxhash(&hex(value), 0)),
+        }
+    }
 }
 
 impl HashPolicy {
@@ -81,14 +96,13 @@ impl HashPolicy {
         request: &RequestView<'_>,
         conn: &ConnInfo,
         rng: &mut impl Rng,
-    ) -> RequestHash {
-        let hash = self.hash(request, conn);
-        match self {
-            Self::Cookie(HashCookie { ttl: Some(_), .. }) if hash.is_none() => {
-                let issued = if conn.peer.port() == 0 { rng.random() } else { connection(conn) };
-                RequestHash { hash: Some(xxhash(&hex(issued), 0)), issued: Some(issued) }
+    ) -> RequestKey {
+        match (self, self.hash(request, conn)) {
+            (_, Some(hash)) => RequestKey::Hash(hash),
+            (Self::Cookie(HashCookie { ttl: Some(_), .. }), None) => {
+                RequestKey::Issued(if conn.peer.port() == 0 { rng.random() } else { connection(conn) })
             }
-            _ => RequestHash { hash, issued: None },
+            (_, None) => RequestKey::Missing,
         }
     }
 }
@@ -251,17 +265,18 @@ mod tests {
         assert_ne!(first, issue(&conn("10.1.2.3:4568")));
         let unknown = ConnInfo::unknown(Direction::Outbound);
         assert_ne!(issue(&unknown), issue(&unknown));
-        let text = made.set_cookie(first.issued.unwrap()).unwrap();
+        let RequestKey::Issued(value) = first else { panic!("{first:?}") };
+        let text = made.set_cookie(value).unwrap();
         let (pair, attributes) = text.to_str().unwrap().split_once("; ").unwrap();
         assert_eq!(attributes, "Max-Age=60; Path=/app; SameSite=Lax; Secure; HttpOnly");
-        assert_eq!(hash(&policy, "/", &[("cookie", pair)]), first.hash);
+        assert_eq!(hash(&policy, "/", &[("cookie", pair)]), first.hash());
         let session = HashCookie { ttl: Some(Duration::ZERO), ..HashCookie::passive("s") };
         assert_eq!(session.set_cookie(10).unwrap(), "s=\"000000000000000a\"; HttpOnly");
         let passive = HashPolicy::Cookie(HashCookie::passive("user"));
         let known = conn("10.1.2.3:4567");
         assert_eq!(
             passive.hash_or_issue(&RequestView::new(&request, &known), &known, &mut rng),
-            RequestHash::default()
+            RequestKey::Missing
         );
     }
 }

@@ -57,7 +57,7 @@ pub use explain::{Decision, Explanation, PassedOver, explain};
 pub use fault::{
     Abort, AbortKind, Delay, Fault, FaultLayer, FaultScope, InjectFault, Injected, InvalidFault,
 };
-pub use hash_policy::{HashCookie, HashPolicy, RequestHash};
+pub use hash_policy::{HashCookie, HashPolicy, RequestKey};
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
 pub use outlier::OutlierDetection;
