@@ -5,6 +5,8 @@
     reason = "a bench that cannot be set up has nothing to measure"
 )]
 
+pub mod memory;
+
 use std::fmt::Write as _;
 
 use mesh_core::config::{Compile as _, CompileContext, Role};

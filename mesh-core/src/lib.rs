@@ -45,4 +45,4 @@ pub use normalize::PathNormalization;
 pub use panic::{CatchPanic, CatchPanicLayer, Panics};
 pub use prefixed::Prefixed;
 pub use snapshot::{Pinned, Slot, Snapshot, Snapshots};
-pub use upstream::{ClusterName, ConnectTarget, UpstreamTls};
+pub use upstream::{ClusterName, Connect, ConnectTarget, Connecting, Io, UpstreamTls};

@@ -1,8 +1,12 @@
 //! The names by which requests go upstream.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::conn::Direction;
 
@@ -103,6 +107,23 @@ pub struct ConnectTarget {
     pub addr: SocketAddr,
     /// How the transport is secured.
     pub tls: UpstreamTls,
+}
+
+/// A stream of bytes both ways.
+pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+/// A connection being made.
+pub type Connecting = Pin<Box<dyn Future<Output = io::Result<Box<dyn Io>>> + Send>>;
+
+/// Makes the transports to endpoints, in the place of plain TCP: in memory, over a proxy, with TLS.
+///
+/// What it returns is a box, and so is the stream: a connection serves many requests. The time that it may take is
+/// bounded by whoever asks.
+pub trait Connect: fmt::Debug + Send + Sync {
+    /// Connects to `target`.
+    fn connect(&self, target: &ConnectTarget) -> Connecting;
 }
 
 #[cfg(test)]

@@ -1,20 +1,46 @@
 //! Making a connection to an endpoint.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use http::StatusCode;
-use mesh_core::{ConnectTarget, Error, ErrorKind, ResponseFlags, UpstreamTls};
+use mesh_core::{ConnectTarget, Error, ErrorKind, Io, ResponseFlags, UpstreamTls};
+use pin_project::pin_project;
 use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::cluster::{PoolSettings, TcpKeepalive};
+use crate::shard::Shard;
 
 /// A stream to an endpoint, and our end of it.
 pub(crate) struct Connected {
     pub(crate) stream: TcpStream,
     pub(crate) local: Option<SocketAddr>,
+}
+
+/// The transport of a pooled connection: TCP as it is, or what a connector made.
+#[pin_project(project = StreamProjection)]
+pub(crate) enum Stream {
+    Tcp(#[pin] TcpStream),
+    Made(#[pin] Box<dyn Io>),
+}
+
+/// Opens the transport of a pooled connection, by the connector of the shard or by TCP.
+pub(crate) async fn open(
+    shard: &Shard,
+    target: &ConnectTarget,
+    settings: &PoolSettings,
+) -> Result<(Stream, Option<SocketAddr>), Error> {
+    let Some(connector) = shard.connector() else {
+        let Connected { stream, local } = connect(target, settings).await?;
+        return Ok((Stream::Tcp(stream), local));
+    };
+    let made = within(settings, connector.connect(target)).await?;
+    Ok((Stream::Made(made), None))
 }
 
 /// Connects within the connect timeout, without Nagle's delay.
@@ -26,13 +52,7 @@ pub(crate) async fn connect(target: &ConnectTarget, settings: &PoolSettings) -> 
             "TLS is demanded and cannot be originated",
         ));
     }
-    let stream = match timeout(settings.connect_timeout, TcpStream::connect(target.addr)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
-            return Err(failure(ErrorKind::ConnectFailure, "remote_connection_failure", error));
-        }
-        Err(_) => return Err(failure(ErrorKind::ConnectTimeout, "connection_timeout", "connect timeout")),
-    };
+    let stream = within(settings, TcpStream::connect(target.addr)).await?;
     let options = stream.set_nodelay(true).and_then(|()| match settings.tcp_keepalive {
         Some(keepalive) => set_keepalive(&stream, keepalive),
         None => Ok(()),
@@ -43,6 +63,71 @@ pub(crate) async fn connect(target: &ConnectTarget, settings: &PoolSettings) -> 
     }
     let local = stream.local_addr().ok();
     Ok(Connected { stream, local })
+}
+
+async fn within<T>(
+    settings: &PoolSettings,
+    connecting: impl Future<Output = io::Result<T>>,
+) -> Result<T, Error> {
+    match timeout(settings.connect_timeout, connecting).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err(failure(ErrorKind::ConnectFailure, "remote_connection_failure", error)),
+        Err(_) => Err(failure(ErrorKind::ConnectTimeout, "connection_timeout", "connect timeout")),
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.project() {
+            StreamProjection::Tcp(stream) => stream.poll_read(cx, buffer),
+            StreamProjection::Made(stream) => stream.poll_read(cx, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        match self.project() {
+            StreamProjection::Tcp(stream) => stream.poll_write(cx, data),
+            StreamProjection::Made(stream) => stream.poll_write(cx, data),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.project() {
+            StreamProjection::Tcp(stream) => stream.poll_write_vectored(cx, data),
+            StreamProjection::Made(stream) => stream.poll_write_vectored(cx, data),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Made(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.project() {
+            StreamProjection::Tcp(stream) => stream.poll_flush(cx),
+            StreamProjection::Made(stream) => stream.poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.project() {
+            StreamProjection::Tcp(stream) => stream.poll_shutdown(cx),
+            StreamProjection::Made(stream) => stream.poll_shutdown(cx),
+        }
+    }
 }
 
 fn set_keepalive(stream: &TcpStream, keepalive: TcpKeepalive) -> io::Result<()> {

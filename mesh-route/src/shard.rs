@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use mesh_core::Connect;
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 
@@ -24,6 +25,7 @@ const SWEEP: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Shard {
     inner: Mutex<Inner>,
+    connector: Option<Arc<dyn Connect>>,
 }
 
 #[derive(Debug)]
@@ -45,7 +47,19 @@ impl Shard {
     /// A shard whose random numbers start from `seed`, so that its choices can be replayed.
     #[must_use]
     pub fn seeded(seed: u64) -> Arc<Self> {
+        Self::make(seed, None)
+    }
+
+    /// A shard whose connections are made by `connector` in the place of TCP, whatever the cluster demands of their
+    /// security.
+    #[must_use]
+    pub fn connecting_by(seed: u64, connector: Arc<dyn Connect>) -> Arc<Self> {
+        Self::make(seed, Some(connector))
+    }
+
+    fn make(seed: u64, connector: Option<Arc<dyn Connect>>) -> Arc<Self> {
         Arc::new(Self {
+            connector,
             inner: Mutex::new(Inner {
                 rng: SmallRng::seed_from_u64(seed),
                 h1: HashMap::default(),
@@ -54,6 +68,10 @@ impl Shard {
                 sweeping: false,
             }),
         })
+    }
+
+    pub(crate) fn connector(&self) -> Option<&Arc<dyn Connect>> {
+        self.connector.as_ref()
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use super::{ConnMeta, Slot, exchange_error, pending};
 use crate::cluster::ClusterSpec;
-use crate::connect::{Connected, connect};
+use crate::connect::open;
 use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
@@ -165,7 +165,7 @@ impl Lease {
     ) -> Result<Self, Error> {
         let opened = Opened::new(shard, endpoint.id(), slot);
         let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
-        let Connected { stream, local } = connect(&target, &spec.pool).await?;
+        let (stream, local) = open(shard, &target, &spec.pool).await?;
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(BUFFER)
             .handshake(TokioIo::new(stream))

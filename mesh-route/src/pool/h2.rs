@@ -13,12 +13,11 @@ use hyper::client::conn::{TrySendError, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_core::{Body, ConnectTarget, Error};
 use pin_project::pin_project;
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use super::{ConnMeta, Slot, again, exchange_error, pending};
 use crate::cluster::ClusterSpec;
-use crate::connect::{Connected, connect};
+use crate::connect::{Stream as Transport, open};
 use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
@@ -186,7 +185,7 @@ impl Lease {
         slot: Slot,
     ) -> Result<Self, Error> {
         let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
-        let Connected { stream, local } = connect(&target, &spec.pool).await?;
+        let (stream, local) = open(shard, &target, &spec.pool).await?;
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
@@ -241,7 +240,7 @@ struct Driver<C> {
     changed: Option<Arc<Notify>>,
 }
 
-type Http2Connection = http2::Connection<TokioIo<TcpStream>, Body, TokioExecutor>;
+type Http2Connection = http2::Connection<TokioIo<Transport>, Body, TokioExecutor>;
 
 impl Future for Driver<Http2Connection> {
     type Output = hyper::Result<()>;
