@@ -6,6 +6,7 @@
 //! | `mesh.rs/stream-idle-timeout` | VirtualService | a duration | how long nothing may be received of a response |
 //! | `mesh.rs/client-overrides` | VirtualService | `true` | Envoy's headers for timeouts and retries are followed (VS-T02) |
 //! | `mesh.rs/fault-scope` | VirtualService | `per-request`, `per-try` | whether `fault` is drawn for each try, so that retries and timeouts apply to it |
+//! | `mesh.rs/load-balancer` | DestinationRule | `PEAK_EWMA` | the algorithm where the policy names none (DR-LB10) |
 
 use std::collections::BTreeMap;
 
@@ -19,6 +20,8 @@ pub(super) const IDEMPOTENT_ONLY: &str = "idempotent-only";
 pub(super) const STREAM_IDLE_TIMEOUT: &str = "mesh.rs/stream-idle-timeout";
 pub(super) const CLIENT_OVERRIDES: &str = "mesh.rs/client-overrides";
 pub(super) const FAULT_SCOPE: &str = "mesh.rs/fault-scope";
+pub(super) const LOAD_BALANCER: &str = "mesh.rs/load-balancer";
+pub(super) const PEAK_EWMA: &str = "PEAK_EWMA";
 
 type Judge = fn(&str) -> Result<(), String>;
 
@@ -33,7 +36,7 @@ pub(super) const VIRTUAL_SERVICE: Known = &[
     (CLIENT_OVERRIDES, |value| one_of(value, &["true", "false"])),
 ];
 
-pub(super) const DESTINATION_RULE: Known = &[];
+pub(super) const DESTINATION_RULE: Known = &[(LOAD_BALANCER, |value| one_of(value, &[PEAK_EWMA]))];
 
 /// Reports annotations with our prefix that the kind does not have, and values that are none.
 pub(super) fn check(

@@ -11,12 +11,14 @@ use mesh_core::registry::{Instance, Resolution, Service, ServicePort};
 use mesh_core::{ClusterName, Direction};
 
 use super::mesh::Mesh;
-use super::policy;
+use super::{load_balancer, policy};
+use crate::balance::locality::ClientLocality;
 use crate::cluster::{Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, UpstreamProtocol};
 
 /// The clusters of a table, each made once.
 pub(super) struct Clusters<'m> {
     mesh: &'m Mesh<'m>,
+    client: ClientLocality,
     made: HashMap<ClusterName, Arc<Cluster>>,
     order: Vec<Arc<Cluster>>,
 }
@@ -35,7 +37,8 @@ pub(super) enum Found {
 
 impl<'m> Clusters<'m> {
     pub(super) fn new(mesh: &'m Mesh<'m>) -> Self {
-        Self { mesh, made: HashMap::new(), order: Vec::new() }
+        let client = load_balancer::client(&mesh.cx.workload);
+        Self { mesh, client, made: HashMap::new(), order: Vec::new() }
     }
 
     /// Every cluster, in the order in which they were made.
@@ -82,6 +85,7 @@ impl<'m> Clusters<'m> {
         let effective =
             self.mesh.policy(rule.as_ref(), subset.map(|subset| subset.name.as_str()), port.number);
         policy::apply(&effective, self.mesh, port, &mut spec);
+        let spec = load_balancer::apply(&effective, rule.as_ref(), self.mesh, &self.client, spec);
         Some(self.keep(spec))
     }
 

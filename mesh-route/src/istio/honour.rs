@@ -40,6 +40,10 @@ const VIRTUAL_SERVICE: &[&str] = &[
 
 const POLICY: &[&str] = &[
     "loadBalancer.simple",
+    "loadBalancer.consistentHash",
+    "loadBalancer.localityLbSetting",
+    "loadBalancer.warmup",
+    "loadBalancer.warmupDurationSecs",
     "connectionPool.tcp",
     "connectionPool.http.http1MaxPendingRequests",
     "connectionPool.http.http2MaxRequests",
@@ -72,7 +76,7 @@ const POLICIES: &[&str] = &[
 ];
 
 /// The settings of the mesh that routing reads.
-const MESH: [&str; 10] = [
+const MESH: [&str; 11] = [
     "connectTimeout",
     "defaultHttpRetryPolicy",
     "defaultDestinationRuleExportTo",
@@ -80,6 +84,7 @@ const MESH: [&str; 10] = [
     "defaultVirtualServiceExportTo",
     "dnsRefreshRate",
     "h2UpgradePolicy",
+    "localityLbSetting",
     "outboundTrafficPolicy",
     "rootNamespace",
     "tcpKeepalive",
@@ -128,7 +133,7 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
     if below.is_none_or(|policy| {
         policy.outlier_detection.is_none()
             && policy.tls.is_none()
-            && policy.load_balancer.as_ref().is_none_or(|balancer| balancer.simple.is_some())
+            && policy.load_balancer.as_ref().is_none_or(|balancer| balancer.zone_aware_lb_setting.is_none())
     }) {
         diags.honour_mesh("defaultTrafficPolicy");
     }

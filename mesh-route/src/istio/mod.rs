@@ -14,6 +14,7 @@ mod gateway;
 mod honour;
 mod http;
 mod l4;
+mod load_balancer;
 mod mesh;
 mod outbound;
 mod policy;
@@ -31,6 +32,7 @@ impl Compile<ResourceSet> for RouteTable {
     fn compile(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) -> Result<Self, Rejected> {
         honour::honour(set, diags);
         fault::annotations(set, diags);
+        load_balancer::check(set, diags);
         let mesh = mesh::Mesh::new(set, cx);
         let mut clusters = clusters::Clusters::new(&mesh);
         let mut table = match cx.role {

@@ -5,11 +5,11 @@ use std::time::Duration;
 use mesh_core::UpstreamTls;
 use mesh_core::config::Role;
 use mesh_core::istio::effective::destination_rule::EffectivePolicy;
-use mesh_core::istio::types::destination_rule::{self as istio, ClientTlsMode, H2UpgradePolicy, SimpleLb};
+use mesh_core::istio::types::destination_rule::{self as istio, ClientTlsMode, H2UpgradePolicy};
 use mesh_core::registry::{AppProtocol, ServicePort};
 
 use super::mesh::Mesh;
-use crate::cluster::{BalancerKind, ClusterSpec, PoolSettings, TcpKeepalive, UpstreamProtocol};
+use crate::cluster::{ClusterSpec, PoolSettings, TcpKeepalive, UpstreamProtocol};
 use crate::outlier::OutlierDetection;
 use crate::retry::RetryBudget;
 
@@ -20,16 +20,6 @@ pub(super) fn apply(
     port: &ServicePort,
     spec: &mut ClusterSpec,
 ) {
-    spec.balancer = match policy.load_balancer.and_then(|settings| settings.simple) {
-        Some(SimpleLb::RoundRobin) => BalancerKind::RoundRobin,
-        Some(SimpleLb::Random) => BalancerKind::Random,
-        Some(SimpleLb::Passthrough) => BalancerKind::Passthrough,
-        Some(SimpleLb::LeastRequest | SimpleLb::LeastConn) => BalancerKind::LeastRequest,
-        Some(SimpleLb::Unspecified) | None => match mesh.cx.compat {
-            mesh_core::Compat::V1_1 => BalancerKind::RoundRobin,
-            _ => BalancerKind::LeastRequest,
-        },
-    };
     spec.pool = pool(policy, mesh);
     if let Some(rate) = mesh.config.dns_refresh_rate.filter(|rate| !rate.is_zero()) {
         spec.dns_refresh_rate = rate.to_std();
