@@ -214,6 +214,43 @@ async fn cors() {
 }
 
 #[tokio::test]
+async fn sticky_canary() {
+    let (one, two) = (Echo::start("v1").await, Echo::start("v2").await);
+    let example = Example::start("sticky-canary.yaml", &[(9081, one.addr), (9082, two.addr)]);
+    let version = async |user: u32| {
+        let body = example.send("GET", "reviews", "/", &format!("x-user: user-{user}\r\n")).await.body;
+        if body.contains("\"name\":\"v2\"") { "v2" } else { "v1" }
+    };
+    let versions = async || {
+        let mut all = Vec::new();
+        for user in 0..60 {
+            all.push(version(user).await);
+        }
+        all
+    };
+    let before = versions().await;
+    assert_eq!(before, versions().await, "a user stays");
+    let canary = |versions: &[&str]| versions.iter().filter(|version| **version == "v2").count();
+    assert!((4..22).contains(&canary(&before)), "{before:?}");
+
+    let file = "sticky-canary.yaml";
+    let yaml = std::fs::read_to_string(example.dir.file(file)).unwrap();
+    example.dir.write(file, &yaml.replace("weight: 80", "weight: 50").replace("weight: 20", "weight: 50"));
+    let admin = example.sidecar.address("admin");
+    let applied = async || get_json(admin, "/ready").await["generation"] == 2;
+    mesh_testkit::until("the new weights are in force", applied).await;
+    let after = versions().await;
+    assert!(canary(&after) > canary(&before), "{after:?}");
+    assert!(before.iter().zip(&after).all(|(before, after)| before == after || *after == "v2"));
+
+    let explained = get_json(admin, "/explain?url=http://reviews/&header=x-user:user-7").await;
+    let sticky = serde_json::json!({"key": "header:x-user", "present": true});
+    assert_eq!(explained["decision"]["sticky"], sticky);
+    let to = explained["decision"]["forward"].as_array().unwrap();
+    assert_eq!(to.iter().find(|to| to["chosen"] == true).unwrap()["subset"], after[7]);
+}
+
+#[tokio::test]
 async fn tcp_routing() {
     async fn named(name: &'static str) -> SocketAddr {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();

@@ -11,6 +11,7 @@ use crate::cluster::Cluster;
 use crate::cors::CorsPolicy;
 use crate::direct_response::DirectResponse;
 use crate::fault::Fault;
+use crate::hash_policy::HashPolicy;
 use crate::headers::{HeaderOps, InvalidHeaderOp};
 use crate::redirect::Redirect;
 use crate::retry::RetryPolicy;
@@ -34,6 +35,7 @@ pub struct RouteBuilder {
     prefix: usize,
     timeout: Option<Duration>,
     idle_timeout: Option<Duration>,
+    sticky: Option<HashPolicy>,
     retry: RetryPolicy,
     client_overrides: bool,
     rewrite: Option<Box<str>>,
@@ -126,6 +128,7 @@ impl RouteBuilder {
             prefix: 1,
             timeout: None,
             idle_timeout: None,
+            sticky: None,
             retry: RetryPolicy::never(),
             client_overrides: false,
             rewrite: None,
@@ -211,6 +214,14 @@ impl RouteBuilder {
         self
     }
 
+    /// Keeps a client on its destination of a split while weights change, by this key; requests without it are drawn
+    /// (VS-R05). Default every request is drawn.
+    #[must_use]
+    pub fn sticky(mut self, key: HashPolicy) -> Self {
+        self.sticky = Some(key);
+        self
+    }
+
     /// Follows Envoy's headers for timeouts and retries (`x-envoy-max-retries` and its kin). Only for clients that may
     /// multiply their load. Default no.
     #[must_use]
@@ -276,6 +287,7 @@ impl RouteBuilder {
     pub fn split(self, clusters: impl IntoIterator<Item = (u32, Arc<Cluster>)>) -> Result<Route, BuildError> {
         let destinations = clusters.into_iter().map(|(weight, cluster)| (weight, Destination::new(cluster)));
         let mut forward = Forward::new(Weighted::new(destinations)?);
+        forward.sticky = self.sticky.clone();
         forward.timeout = self.timeout;
         forward.idle_timeout = self.idle_timeout;
         forward.retry = self.retry.clone();

@@ -153,6 +153,7 @@ fn route(route: &Route) -> Value {
                 .collect();
             json!({
                 "destinations": destinations,
+                "sticky": forward.sticky.as_ref().map(ToString::to_string),
                 "retry": (forward.retry.attempts > 0).then(|| json!({
                     "attempts": forward.retry.attempts,
                     "on": forward.retry.on.to_string(),

@@ -12,6 +12,7 @@ use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
 
 use crate::cluster::Cluster;
+use crate::hash_policy::HashPolicy;
 use crate::request_view::RequestView;
 use crate::route::{ActionKind, Route, Unmet};
 use crate::table::RouteTable;
@@ -46,12 +47,14 @@ pub struct PassedOver {
 pub enum Decision {
     /// No route takes it: 404 `NR`.
     NotFound,
-    /// It is sent to one of these; `chosen` is the one that this seed picks.
+    /// It is sent to one of these.
     Forward {
         /// Every destination with its weight.
         destinations: Vec<(u32, ClusterName, Option<Arc<Cluster>>)>,
-        /// Index of the one that the seed picks.
+        /// Index of the one that it is sent to.
         chosen: usize,
+        /// What makes it that one.
+        by: ChosenBy,
     },
     /// It is answered with another place to go.
     Redirect {
@@ -65,6 +68,18 @@ pub enum Decision {
         /// The status.
         status: u16,
     },
+}
+
+/// What makes a request go to one destination of several.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ChosenBy {
+    /// The seed.
+    Draw,
+    /// This key, whatever the seed (VS-R05).
+    Key(HashPolicy),
+    /// The seed, because the request does not have this key.
+    DrawWithout(HashPolicy),
 }
 
 /// Explains where `table` sends a request that arrives on `conn`; `seed` stands for the random draw.
@@ -100,14 +115,20 @@ pub fn explain(table: &RouteTable, request: &RequestView<'_>, conn: &ConnInfo, s
 fn decide(route: &Route, request: &RequestView<'_>, conn: &ConnInfo, seed: u64) -> Decision {
     match &route.action().kind {
         ActionKind::Forward(forward) => {
-            let picked = forward.destinations.pick(&mut SmallRng::seed_from_u64(seed));
+            let key = forward.sticks_by(request, conn);
+            let by = match &forward.sticky {
+                None => ChosenBy::Draw,
+                Some(sticky) if key.is_some() => ChosenBy::Key(sticky.clone()),
+                Some(sticky) => ChosenBy::DrawWithout(sticky.clone()),
+            };
+            let picked = forward.choose(key, &mut SmallRng::seed_from_u64(seed));
             let destinations: Vec<_> = forward.destinations.iter().collect();
             let chosen = destinations.iter().position(|(_, to)| std::ptr::eq(*to, picked)).unwrap_or(0);
             let destinations = destinations
                 .into_iter()
                 .map(|(weight, to)| (weight, to.name.clone(), to.cluster.clone()))
                 .collect();
-            Decision::Forward { destinations, chosen }
+            Decision::Forward { destinations, chosen, by }
         }
         ActionKind::Redirect(redirect) => Decision::Redirect {
             status: redirect.code.as_u16(),
@@ -136,13 +157,17 @@ impl fmt::Display for Explanation {
         }
         match &self.decision {
             Decision::NotFound => writeln!(f, "  404 NR route_not_found"),
-            Decision::Forward { destinations, chosen } => {
+            Decision::Forward { destinations, chosen, by } => {
                 for (index, (weight, name, cluster)) in destinations.iter().enumerate() {
                     let mark = if index == *chosen { "->" } else { "  " };
                     let known = if cluster.is_some() { "" } else { " (not known: 503 NC)" };
                     writeln!(f, "  {mark} {weight:>3} {name}{known}")?;
                 }
-                Ok(())
+                match by {
+                    ChosenBy::Draw => Ok(()),
+                    ChosenBy::Key(key) => writeln!(f, "     by its key {key}"),
+                    ChosenBy::DrawWithout(key) => writeln!(f, "     by a draw, for want of the key {key}"),
+                }
             }
             Decision::Redirect { status, location } => writeln!(f, "  {status} {location}"),
             Decision::DirectResponse { status } => writeln!(f, "  {status} direct response"),
@@ -159,7 +184,7 @@ impl Explanation {
         let unmet = |unmet: &Unmet| json!({"predicate": unmet.predicate, "saw": unmet.seen});
         let decision = match &self.decision {
             Decision::NotFound => json!({"status": 404, "flags": "NR", "details": "route_not_found"}),
-            Decision::Forward { destinations, chosen } => {
+            Decision::Forward { destinations, chosen, by } => {
                 let to: Vec<_> = destinations
                     .iter()
                     .enumerate()
@@ -176,7 +201,12 @@ impl Explanation {
                         })
                     })
                     .collect();
-                json!({"forward": to})
+                let sticky = match by {
+                    ChosenBy::Draw => serde_json::Value::Null,
+                    ChosenBy::Key(key) => json!({"key": key.to_string(), "present": true}),
+                    ChosenBy::DrawWithout(key) => json!({"key": key.to_string(), "present": false}),
+                };
+                json!({"forward": to, "sticky": sticky})
             }
             Decision::Redirect { status, location } => json!({"status": status, "location": location}),
             Decision::DirectResponse { status } => json!({"status": status, "details": "direct_response"}),

@@ -35,7 +35,11 @@ pub(crate) async fn forward(
     cx: &RequestContext,
     request: &mut Request<Body>,
 ) -> Result<Response<Body>, Error> {
-    let destination = forward.destinations.pick(&mut shard.lock().rng);
+    let key = match forward.sticky {
+        None => None,
+        Some(_) => forward.sticks_by(&RequestView::new(request, cx.conn()), cx.conn()),
+    };
+    let destination = forward.choose(key, &mut shard.lock().rng);
     cx.set_upstream(UpstreamInfo::new(destination.name.shared()));
     let known = destination.cluster.as_ref().and_then(|cluster| Some((cluster, cluster.runtime()?)));
     let Some((cluster, runtime)) = known else {

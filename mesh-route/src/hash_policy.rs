@@ -2,8 +2,10 @@
 //!
 //! What a key is hashed with is xxHash64, as in Envoy, so that the same keys give the same numbers there.
 
+use std::fmt;
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -103,6 +105,43 @@ impl HashPolicy {
                 RequestKey::Issued(if conn.peer.port() == 0 { rng.random() } else { connection(conn) })
             }
             (_, None) => RequestKey::Missing,
+        }
+    }
+}
+
+/// Prints as `header:NAME`, `cookie:NAME`, `source-ip` or `query:NAME`.
+impl fmt::Display for HashPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header(name) => write!(f, "header:{name}"),
+            Self::Cookie(cookie) => write!(f, "cookie:{}", cookie.name),
+            Self::SourceIp => f.write_str("source-ip"),
+            Self::QueryParameter(name) => write!(f, "query:{name}"),
+        }
+    }
+}
+
+/// A text that names no key.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected header:NAME, cookie:NAME, source-ip or query:NAME")]
+pub struct InvalidHashPolicy;
+
+/// Reads what [`Display`](fmt::Display) prints. A cookie is one that the proxy does not make.
+impl FromStr for HashPolicy {
+    type Err = InvalidHashPolicy;
+
+    fn from_str(text: &str) -> Result<Self, InvalidHashPolicy> {
+        match text.split_once(':') {
+            None if text == "source-ip" => Ok(Self::SourceIp),
+            Some(("header", name)) => {
+                HeaderName::try_from(name).map(Self::Header).map_err(|_| InvalidHashPolicy)
+            }
+            // What a cookie can be called, a header can.
+            Some(("cookie", name)) if HeaderName::try_from(name).is_ok() => {
+                Ok(Self::Cookie(HashCookie::passive(name)))
+            }
+            Some(("query", name)) if !name.is_empty() => Ok(Self::QueryParameter(name.into())),
+            _ => Err(InvalidHashPolicy),
         }
     }
 }
@@ -245,6 +284,18 @@ mod tests {
         assert_eq!(HashPolicy::SourceIp.hash_connection(&nowhere), None);
         let six = conn("[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:1");
         assert_eq!(HashPolicy::SourceIp.hash_connection(&six), of("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"));
+    }
+
+    #[test]
+    fn a_key_is_read_as_it_is_printed() {
+        for text in ["header:x-user", "cookie:User.Id", "source-ip", "query:user"] {
+            assert_eq!(text.parse::<HashPolicy>().unwrap().to_string(), text);
+        }
+        for text in
+            ["", "header", "header:", "header:a b", "cookie:", "cookie:a;b", "query:", "source-ip:", "ip"]
+        {
+            assert_eq!(text.parse::<HashPolicy>(), Err(InvalidHashPolicy), "{text}");
+        }
     }
 
     #[test]

@@ -53,11 +53,11 @@ pub use cors::{Cors, CorsLayer, CorsPolicy, CorsPolicyBuilder, InvalidCors, Unma
 pub use direct_response::DirectResponse;
 pub use dispatch::dispatch;
 pub use endpoint::{Endpoint, EndpointSet, Member};
-pub use explain::{Decision, Explanation, PassedOver, explain};
+pub use explain::{ChosenBy, Decision, Explanation, PassedOver, explain};
 pub use fault::{
     Abort, AbortKind, Delay, Fault, FaultLayer, FaultScope, InjectFault, Injected, InvalidFault,
 };
-pub use hash_policy::{HashCookie, HashPolicy, RequestKey};
+pub use hash_policy::{HashCookie, HashPolicy, InvalidHashPolicy, RequestKey};
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
 pub use outlier::OutlierDetection;

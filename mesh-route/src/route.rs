@@ -8,13 +8,15 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_core::PinnedRoute;
 use mesh_core::matcher::{HeaderMatcher, QueryMatcher, StringMatcher};
+use mesh_core::{ConnInfo, PinnedRoute};
+use rand::Rng;
 
 use crate::cluster::Cluster;
 use crate::cors::CorsPolicy;
 use crate::direct_response::DirectResponse;
 use crate::fault::Fault;
+use crate::hash_policy::HashPolicy;
 use crate::headers::HeaderOps;
 use crate::redirect::Redirect;
 use crate::request_view::RequestView;
@@ -124,6 +126,9 @@ pub enum ActionKind {
 pub struct Forward {
     /// The destinations with their weights.
     pub destinations: Weighted<Destination>,
+    /// By what a client stays on its destination while weights change (VS-R05); requests without it are drawn. `None`,
+    /// the default, draws every request.
+    pub sticky: Option<HashPolicy>,
     /// Time for the whole exchange once the request has been received; `None`, the default, is no limit.
     pub timeout: Option<Duration>,
     /// What is changed in path and authority.
@@ -235,12 +240,26 @@ impl Forward {
     #[must_use]
     pub fn new(destinations: Weighted<Destination>) -> Self {
         Self {
-            destinations,
+            destinations: destinations.named(|to| to.name.as_str()),
+            sticky: None,
             timeout: None,
             rewrite: Rewrite::default(),
             retry: RetryPolicy::never(),
             idle_timeout: None,
             client_overrides: false,
+        }
+    }
+
+    /// The key by which a request sticks to its destination; `None` when it has none, or is not to stick.
+    pub(crate) fn sticks_by(&self, request: &RequestView<'_>, conn: &ConnInfo) -> Option<u64> {
+        self.sticky.as_ref()?.hash(request, conn)
+    }
+
+    /// Chooses a destination: by its key if the request has one, else by a draw.
+    pub(crate) fn choose(&self, key: Option<u64>, rng: &mut impl Rng) -> &Destination {
+        match key {
+            Some(key) => self.destinations.pick_by(key),
+            None => self.destinations.pick(rng),
         }
     }
 }

@@ -6,12 +6,15 @@
 //! | `mesh.rs/stream-idle-timeout` | VirtualService | a duration | how long nothing may be received of a response |
 //! | `mesh.rs/client-overrides` | VirtualService | `true` | Envoy's headers for timeouts and retries are followed (VS-T02) |
 //! | `mesh.rs/fault-scope` | VirtualService | `per-request`, `per-try` | whether `fault` is drawn for each try, so that retries and timeouts apply to it |
+//! | `mesh.rs/sticky-split` | VirtualService | `header:NAME`, `cookie:NAME`, `source-ip`, `query:NAME` | who stays on a destination of an HTTP rule while its weights change (VS-R05) |
 //! | `mesh.rs/load-balancer` | DestinationRule | `PEAK_EWMA` | the algorithm where the policy names none (DR-LB10) |
 
 use std::collections::BTreeMap;
 
 use mesh_core::diagnostics::{Diagnostics, DocId};
 use mesh_core::istio::types::common::Duration;
+
+use crate::hash_policy::HashPolicy;
 
 const PREFIX: &str = "mesh.rs/";
 
@@ -20,6 +23,7 @@ pub(super) const IDEMPOTENT_ONLY: &str = "idempotent-only";
 pub(super) const STREAM_IDLE_TIMEOUT: &str = "mesh.rs/stream-idle-timeout";
 pub(super) const CLIENT_OVERRIDES: &str = "mesh.rs/client-overrides";
 pub(super) const FAULT_SCOPE: &str = "mesh.rs/fault-scope";
+pub(super) const STICKY_SPLIT: &str = "mesh.rs/sticky-split";
 pub(super) const LOAD_BALANCER: &str = "mesh.rs/load-balancer";
 pub(super) const PEAK_EWMA: &str = "PEAK_EWMA";
 
@@ -34,6 +38,7 @@ pub(super) const VIRTUAL_SERVICE: Known = &[
     // Judged where faults are compiled.
     (FAULT_SCOPE, |_| Ok(())),
     (CLIENT_OVERRIDES, |value| one_of(value, &["true", "false"])),
+    (STICKY_SPLIT, |value| value.parse::<HashPolicy>().map(drop).map_err(|error| error.to_string())),
 ];
 
 pub(super) const DESTINATION_RULE: Known = &[(LOAD_BALANCER, |value| one_of(value, &[PEAK_EWMA]))];

@@ -1,6 +1,8 @@
 //! `http[].route[]` and which actions go together: VS-R01 … VS-R06.
 
-use mesh_route::ActionKind;
+use http::Request;
+use mesh_core::Body;
+use mesh_route::{ActionKind, ChosenBy, Decision, HashPolicy};
 use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
 
@@ -89,9 +91,7 @@ fn vs_r02_a_share_is_weight_by_sum() {
     // A weight that is not written is 0.
     let unwritten = "  - {route: [{destination: {host: reviews, subset: v1}, weight: 1}, {destination: {host: reviews, subset: v2}}]}\n";
     let it = compile(&(reviews(&[1, 2]) + &rules(unwritten)));
-    let mesh_route::Decision::Forward { destinations, .. } = it.ask("http://reviews/").decision else {
-        panic!()
-    };
+    let Decision::Forward { destinations, .. } = it.ask("http://reviews/").decision else { panic!() };
     assert_eq!(destinations.iter().map(|(weight, ..)| *weight).collect::<Vec<_>>(), [1, 0]);
 }
 
@@ -182,6 +182,152 @@ async fn vs_r04_headers_of_a_destination_come_after_those_of_the_route() {
             assert_eq!(answer.header("y-set"), Some("route"));
         }
     }
+}
+
+/// A split of so many percent to v2, with the annotation that makes it stick.
+fn sticky(key: &str, services: &str, canary: u32) -> Compiled {
+    let rule = format!(
+        "  - {{route: [{{destination: {{host: reviews, subset: v1}}, weight: {}}}, {{destination: {{host: reviews, subset: v2}}, weight: {canary}}}]}}\n",
+        100 - canary
+    );
+    let annotated = format!("namespace: default, annotations: {{mesh.rs/sticky-split: '{key}'}}}}\n");
+    compile(&(services.to_owned() + &rules(&rule).replace("namespace: default}\n", &annotated)))
+}
+
+fn ask_as(user: &str) -> Request<Body> {
+    let mut request = get("http://reviews/");
+    request.headers_mut().insert("x-user", user.parse().unwrap());
+    request
+}
+
+/// Where a request goes, whatever the seed.
+fn version(it: &Compiled, request: &Request<Body>) -> (String, ChosenBy) {
+    match it.explain(request).decision {
+        Decision::Forward { destinations, chosen, by } => {
+            (destinations[chosen].1.subset().unwrap().to_owned(), by)
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn vs_r05_a_user_stays_while_weights_move() {
+    let services = reviews(&[1, 2]);
+    let users: Vec<_> = (0..2_000).map(|user| ask_as(&format!("user-{user}"))).collect();
+    let mut before: Option<(u32, Vec<String>)> = None;
+    for canary in [0, 5, 20, 50, 100, 40, 0] {
+        let it = sticky("header:x-user", &services, canary);
+        let now: Vec<_> = users.iter().map(|user| version(&it, user).0).collect();
+        let share = now.iter().filter(|version| *version == "v2").count() as f64 / 20.0;
+        assert!((share - f64::from(canary)).abs() < 3.0, "{share} for {canary}");
+        if let Some((then, before)) = before {
+            let moved = before.iter().zip(&now).filter(|(before, now)| before != now).count() as f64 / 20.0;
+            assert!((moved - f64::from(canary.abs_diff(then))).abs() < 3.0, "{then} to {canary}: {moved}");
+            let to = if canary > then { "v2" } else { "v1" };
+            let back = before.iter().zip(&now).filter(|(before, now)| before != now && *now != to);
+            assert_eq!(back.count(), 0, "{then} to {canary}: nobody moves against the change");
+        }
+        before = Some((canary, now));
+    }
+}
+
+#[test]
+fn vs_r05_the_order_of_destinations_means_nothing() {
+    let services = reviews(&[1, 2]);
+    let annotated = |route: &str| {
+        let yaml = rules(&format!("  - {{route: [{route}]}}\n"));
+        let annotations = "namespace: default, annotations: {mesh.rs/sticky-split: 'header:x-user'}}\n";
+        compile(&(services.clone() + &yaml.replace("namespace: default}\n", annotations)))
+    };
+    let (v1, v2) = (
+        "{destination: {host: reviews, subset: v1}, weight: 70}",
+        "{destination: {host: reviews, subset: v2}, weight: 30}",
+    );
+    let (one, other) = (annotated(&format!("{v1}, {v2}")), annotated(&format!("{v2}, {v1}")));
+    for user in 0..500 {
+        let request = ask_as(&format!("user-{user}"));
+        assert_eq!(version(&one, &request), version(&other, &request));
+    }
+}
+
+#[test]
+fn vs_r05_every_kind_of_key_and_none() {
+    let services = reviews(&[1, 2]);
+    for key in ["header:x-user", "cookie:user", "query:user"] {
+        let it = sticky(key, &services, 50);
+        let policy: HashPolicy = key.parse().unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        for user in 0..50 {
+            let request = Request::get(format!("http://reviews/?user={user}"))
+                .header("x-user", user)
+                .header("cookie", format!("a=b; user={user}"))
+                .body(Body::empty())
+                .unwrap();
+            let (version, by) = version(&it, &request);
+            assert_eq!(by, ChosenBy::Key(policy.clone()));
+            seen.insert(version);
+        }
+        assert_eq!(seen.len(), 2, "{key}");
+        assert_eq!(version(&it, &get("http://reviews/")).1, ChosenBy::DrawWithout(policy));
+    }
+    // The address of the client, whatever its port.
+    let it = sticky("source-ip", &services, 50);
+    let from = |peer: String| {
+        let request = get("http://reviews/");
+        let conn = mesh_core::ConnInfo { peer: peer.parse().unwrap(), ..it.conn(80) };
+        let view = mesh_route::RequestView::new(&request, &conn);
+        match mesh_route::explain(&it.table, &view, &conn, 1).decision {
+            Decision::Forward { chosen, by: ChosenBy::Key(HashPolicy::SourceIp), .. } => chosen,
+            other => panic!("{other:?}"),
+        }
+    };
+    let mut seen = [0; 2];
+    for host in 1..100 {
+        let chosen = from(format!("10.0.0.{host}:1000"));
+        assert_eq!(chosen, from(format!("10.0.0.{host}:2000")));
+        seen[chosen] += 1;
+    }
+    assert!(seen.iter().all(|count| *count > 30), "{seen:?}");
+    let shown = it.ask("http://reviews/").to_json();
+    assert_eq!(shown["decision"]["sticky"], serde_json::json!({"key": "source-ip", "present": false}));
+    // What names no key is refused, and then nothing sticks.
+    let (set, mut diags) = mesh_core::istio::ResourceSet::load(
+        &[mesh_core::istio::SourceFile::new(
+            "<test>",
+            rules(&format!("  - {{{TO_REVIEWS}}}\n")).replace(
+                "namespace: default}\n",
+                "namespace: default, annotations: {mesh.rs/sticky-split: user}}\n",
+            ),
+        )],
+        &mesh_core::istio::LoadOptions::default(),
+    );
+    let cx = mesh_core::config::CompileContext::new(mesh_core::config::Role::Sidecar);
+    let compiled: Result<mesh_route::RouteTable, _> =
+        mesh_core::config::Compile::compile(&set, &cx, &mut diags);
+    assert!(compiled.is_ok());
+    let said = "metadata.annotations.mesh.rs/sticky-split: \"user\": expected header:NAME, cookie:NAME, source-ip or query:NAME";
+    assert!(diags.to_string().contains(said), "{diags}");
+}
+
+#[tokio::test]
+async fn vs_r05_requests_go_where_explain_says() {
+    let (_one, _two, services) = two_versions().await;
+    let it = sticky("header:x-user", &services, 30);
+    // Workers draw by themselves, and agree on users.
+    let workers = [it.client_seeded(1), it.client_seeded(2)];
+    for user in 0..40 {
+        let user = format!("user-{user}");
+        let expected = version(&it, &ask_as(&user)).0;
+        for worker in &workers {
+            assert_eq!(send(worker, ask_as(&user)).await.by(), expected, "{user}");
+        }
+    }
+    // Who has no key is drawn.
+    let mut canary = 0;
+    for _ in 0..300 {
+        canary += u32::from(send(&workers[0], get("http://reviews/")).await.by() == "v2");
+    }
+    assert!((60..120).contains(&canary), "{canary}");
 }
 
 #[test]
