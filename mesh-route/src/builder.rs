@@ -287,7 +287,7 @@ impl RouteBuilder {
     pub fn split(self, clusters: impl IntoIterator<Item = (u32, Arc<Cluster>)>) -> Result<Route, BuildError> {
         let destinations = clusters.into_iter().map(|(weight, cluster)| (weight, Destination::new(cluster)));
         let mut forward = Forward::new(Weighted::new(destinations)?);
-        forward.sticky = self.sticky.clone();
+        forward.sticky = self.sticky.clone().map(Box::new);
         forward.timeout = self.timeout;
         forward.idle_timeout = self.idle_timeout;
         forward.retry = self.retry.clone();

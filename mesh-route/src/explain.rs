@@ -118,8 +118,8 @@ fn decide(route: &Route, request: &RequestView<'_>, conn: &ConnInfo, seed: u64) 
             let key = forward.sticks_by(request, conn);
             let by = match &forward.sticky {
                 None => ChosenBy::Draw,
-                Some(sticky) if key.is_some() => ChosenBy::Key(sticky.clone()),
-                Some(sticky) => ChosenBy::DrawWithout(sticky.clone()),
+                Some(sticky) if key.is_some() => ChosenBy::Key(HashPolicy::clone(sticky)),
+                Some(sticky) => ChosenBy::DrawWithout(HashPolicy::clone(sticky)),
             };
             let picked = forward.choose(key, &mut SmallRng::seed_from_u64(seed));
             let destinations: Vec<_> = forward.destinations.iter().collect();

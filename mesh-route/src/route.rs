@@ -128,7 +128,7 @@ pub struct Forward {
     pub destinations: Weighted<Destination>,
     /// By what a client stays on its destination while weights change (VS-R05); requests without it are drawn. `None`,
     /// the default, draws every request.
-    pub sticky: Option<HashPolicy>,
+    pub sticky: Option<Box<HashPolicy>>,
     /// Time for the whole exchange once the request has been received; `None`, the default, is no limit.
     pub timeout: Option<Duration>,
     /// What is changed in path and authority.

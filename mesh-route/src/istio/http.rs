@@ -277,7 +277,8 @@ impl<'m> Rules<'_, 'm> {
         forward.retry = retry::of_rule(self.mesh, resource, path, rule.retries.as_ref(), self.diags)?;
         let annotation = |name: &str| resource.meta.annotations.get(name).map(String::as_str);
         // A value that is none was reported.
-        forward.sticky = annotation(annotations::STICKY_SPLIT).and_then(|value| value.parse().ok());
+        forward.sticky =
+            annotation(annotations::STICKY_SPLIT).and_then(|value| value.parse().ok()).map(Box::new);
         forward.idle_timeout =
             annotation(annotations::STREAM_IDLE_TIMEOUT).and_then(|value| annotations::duration(value).ok());
         forward.client_overrides = annotation(annotations::CLIENT_OVERRIDES) == Some("true");
