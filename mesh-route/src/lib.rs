@@ -8,6 +8,7 @@
 mod attempt;
 pub mod balance;
 mod builder;
+pub mod canary;
 mod cluster;
 mod connect;
 mod cors;
