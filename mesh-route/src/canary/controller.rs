@@ -88,6 +88,17 @@ pub enum Phase {
     RolledBack,
 }
 
+/// `running`, `promoted` or `rolled_back`.
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Promoted => "promoted",
+            Self::RolledBack => "rolled_back",
+        })
+    }
+}
+
 /// A decision with what it rests on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Event {

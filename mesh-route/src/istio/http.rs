@@ -279,6 +279,7 @@ impl<'m> Rules<'_, 'm> {
         // A value that is none was reported.
         forward.sticky =
             annotation(annotations::STICKY_SPLIT).and_then(|value| value.parse().ok()).map(Box::new);
+        forward = super::canary::apply(self.mesh, resource, rule, forward);
         forward.idle_timeout =
             annotation(annotations::STREAM_IDLE_TIMEOUT).and_then(|value| annotations::duration(value).ok());
         forward.client_overrides = annotation(annotations::CLIENT_OVERRIDES) == Some("true");

@@ -6,6 +6,7 @@
 //! reported as not enforced.
 
 mod annotations;
+mod canary;
 mod clusters;
 mod cors;
 mod delegate;
@@ -34,6 +35,7 @@ impl Compile<ResourceSet> for RouteTable {
         fault::annotations(set, diags);
         load_balancer::check(set, diags);
         let mesh = mesh::Mesh::new(set, cx);
+        canary::check(&mesh, diags);
         let mut clusters = clusters::Clusters::new(&mesh);
         let mut table = match cx.role {
             Role::Sidecar => outbound::table(&mesh, &mut clusters, diags),

@@ -4,6 +4,7 @@
 #![cfg(feature = "istio")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod canary;
 mod connection_pool;
 mod cors;
 mod cross_cutting;
