@@ -13,6 +13,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 use mesh_core::diagnostics::{Diagnostic, Severity};
 use mesh_core::server::{HttpStack, Phase, Server};
 use mesh_core::{Body, Direction, EdgeSettings, Slot, Snapshots};
+use mesh_route::canary::Canaries;
 use mesh_route::{RouteTable, TcpRouteTable, dump};
 use mesh_telemetry::access_log::AccessLogSink;
 use serde_json::{Value, json};
@@ -43,6 +44,8 @@ pub struct Admin {
     pub direction: Direction,
     /// Whom the configuration is compiled for, as the command line says it.
     pub node: Value,
+    /// The rollouts of canaries.
+    pub canaries: Canaries,
     /// Where the access log goes, if it is on.
     pub access_log: Option<AccessLogSink>,
     /// When the process began.
@@ -67,6 +70,7 @@ const PATHS: &[(&str, &str)] = &[
     ("/healthz/ready", "the same, for probes"),
     ("/config_dump", "the configuration in force: routes, diagnostics, what is not enforced"),
     ("/clusters", "every cluster with its endpoints and counters"),
+    ("/canary", "every canary with its share, its evidence and what was decided"),
     ("/listeners", "every listener with its address and counters"),
     ("/server_info", "version, workload, uptime"),
     ("/explain?url=http://HOST/PATH", "which rule takes a request, and why not the ones before it"),
@@ -105,6 +109,7 @@ impl Admin {
             "/ready" | "/healthz/ready" => self.ready(),
             "/config_dump" => json(StatusCode::OK, &self.config_dump()),
             "/clusters" => json(StatusCode::OK, &self.clusters()),
+            "/canary" => json(StatusCode::OK, &dump::canaries(&self.canaries)),
             "/listeners" => json(StatusCode::OK, &self.listeners()),
             "/server_info" => json(StatusCode::OK, &self.server_info()),
             "/explain" => self.explain(request.uri().query().unwrap_or("")),
@@ -263,7 +268,46 @@ impl Admin {
                 listener.name, listener.open
             );
         }
+        self.canary_metrics(&mut out);
         out
+    }
+
+    fn canary_metrics(&self, out: &mut String) {
+        let canaries = self.canaries.status();
+        let mut say = |line: std::fmt::Arguments<'_>| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(out, "{line}");
+        };
+        say(format_args!("# HELP mesh_canary_events_total What was decided of canaries."));
+        say(format_args!("# TYPE mesh_canary_events_total counter"));
+        for (what, count) in [
+            ("passed", self.canaries.passed()),
+            ("promoted", self.canaries.promoted()),
+            ("rolled_back", self.canaries.rolled_back()),
+        ] {
+            say(format_args!("mesh_canary_events_total{{event=\"{what}\"}} {count}"));
+        }
+        if canaries.is_empty() {
+            return;
+        }
+        say(format_args!("# HELP mesh_canary_share The share of a canary, in percent."));
+        say(format_args!("# TYPE mesh_canary_share gauge"));
+        for canary in &canaries {
+            let name = label(&canary.spec.name);
+            say(format_args!("mesh_canary_share{{canary=\"{name}\"}} {}", canary.share));
+        }
+        say(format_args!("# HELP mesh_canary_requests_total Requests of a version during a rollout."));
+        say(format_args!("# TYPE mesh_canary_requests_total counter"));
+        for canary in &canaries {
+            let name = label(&canary.spec.name);
+            for (version, total) in [("canary", canary.canary_total), ("stable", canary.stable_total)] {
+                for (result, count) in [("success", total.successes), ("failure", total.failures)] {
+                    say(format_args!(
+                        "mesh_canary_requests_total{{canary=\"{name}\",version=\"{version}\",result=\"{result}\"}} {count}"
+                    ));
+                }
+            }
+        }
     }
 }
 
@@ -284,6 +328,11 @@ fn is_security(diagnostic: &Diagnostic) -> bool {
                 | "ServiceRole"
                 | "ServiceRoleBinding"
         )
+}
+
+/// The value of a label, as Prometheus reads it.
+fn label(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 fn index() -> String {

@@ -11,6 +11,7 @@ use mesh_core::istio::types::mesh_config::MeshConfig;
 use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile, UnknownFields};
 use mesh_core::watch::{self, Watcher};
 use mesh_core::{EdgeSettings, ListenerSet, Slot, Snapshots};
+use mesh_route::canary::Canaries;
 use mesh_route::discover::Discoverer;
 use mesh_route::{Clusters, RouteTable, TcpRouteTable};
 
@@ -32,6 +33,7 @@ pub struct Control {
     options: LoadOptions,
     compiler: Compiler<ResourceSet>,
     clusters: Clusters,
+    canaries: Canaries,
     /// The routes that virtual services make.
     pub routes: Slot<RouteTable>,
     /// The routes of what is not HTTP.
@@ -123,7 +125,12 @@ impl Control {
         let listeners = compiler.register::<ListenerSet>();
         let edge = compiler.register::<EdgeSettings>();
         let (registry, table, tcp) = (clusters.clone(), routes.clone(), tcp_routes.clone());
+        let canaries = Canaries::new();
+        let rollouts = canaries.clone();
         compiler.before_publish(move |snapshot| {
+            if let Some(table) = snapshot.get(&table) {
+                rollouts.reconcile(table);
+            }
             let http = snapshot.get(&table).map(RouteTable::clusters);
             let tcp = snapshot.get(&tcp).map(TcpRouteTable::clusters);
             for clusters in [http, tcp].into_iter().flatten() {
@@ -132,7 +139,7 @@ impl Control {
             }
         });
         let status = Status::default();
-        Self { sources, options, compiler, clusters, routes, tcp_routes, listeners, edge, status }
+        Self { sources, options, compiler, clusters, canaries, routes, tcp_routes, listeners, edge, status }
     }
 
     /// Where snapshots are published.
@@ -145,6 +152,12 @@ impl Control {
     #[must_use]
     pub fn clusters(&self) -> &Clusters {
         &self.clusters
+    }
+
+    /// The rollouts of canaries, which somebody has to run.
+    #[must_use]
+    pub fn canaries(&self) -> &Canaries {
+        &self.canaries
     }
 
     /// What became of the configuration, for the admin endpoints.

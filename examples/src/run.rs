@@ -267,6 +267,7 @@ impl Proxy {
 
     fn start(&mut self) -> Result<(), Failure> {
         self.start_access_log()?;
+        tokio::spawn(self.control.canaries().clone().run());
         let server = Server::builder()
             .workers(self.common.worker_count())
             .limits(ServerLimits::default())
@@ -375,6 +376,7 @@ impl Proxy {
                 "compat": self.common.compat.as_str(),
                 "workers": self.common.worker_count(),
             }),
+            canaries: self.control.canaries().clone(),
             access_log: self.sink.clone(),
             started: self.started,
         });
