@@ -17,22 +17,22 @@
 //! `DEADLINE_EXCEEDED`, `UNIMPLEMENTED`, `INTERNAL`, `UNAVAILABLE`, `DATA_LOSS`: those that OpenTelemetry takes for
 //! errors of a server), or if there was no whole answer: no healthy upstream, no known cluster, no connection, a reset, a
 //! timeout. Not counted is what says nothing of a version: requests that a limit of ours refused, injected faults,
-//! and whatever a client cancelled. The latency of a request that succeeded is the time to the head of its response.
+//! and whatever a client cancelled. The latency of a request that succeeded is the time from its arrival to the head of
+//! its response.
 //!
 //! **How long a rollout lives.** As long as its rule with an equal definition: the name of the rule, the versions, how it
 //! is rolled out. Another definition begins anew, and so does the process: a restart begins at the first step. What was
 //! rolled back stays so until the definition changes. Every process decides by what it has seen itself.
 
 mod controller;
+mod ending;
 mod registry;
 mod rollout;
 mod spec;
 mod split;
-mod watch;
 
 pub use controller::{CanaryPolicy, Cause, Controller, Event, Measured, Phase};
 pub use registry::Canaries;
 pub use rollout::{CanaryStatus, Rollout, Totals};
 pub use spec::{CanarySpec, InvalidCanary};
 pub(crate) use split::Split;
-pub(crate) use watch::Watch;

@@ -40,7 +40,6 @@ pub(crate) async fn forward(
         Some(_) => forward.sticks_by(&RequestView::new(request, cx.conn()), cx.conn()),
     };
     let destination = forward.choose(key, &mut shard.lock().rng);
-    let watch = forward.watch(destination);
     cx.set_upstream(UpstreamInfo::new(destination.name.shared()));
     let known = destination.cluster.as_ref().and_then(|cluster| Some((cluster, cluster.runtime()?)));
     let Some((cluster, runtime)) = known else {
@@ -49,8 +48,9 @@ pub(crate) async fn forward(
             ResponseFlags::NO_CLUSTER_FOUND,
             "cluster_not_found",
         );
-        watch.into_iter().for_each(|watch| watch.failed(&error));
-        return Err(error);
+        let mut answer = Err(error);
+        forward.count(destination, cx, &mut answer);
+        return answer;
     };
     if cluster.spec().discovery == Discovery::BlackHole {
         return Err(Error::local_reply(StatusCode::BAD_GATEWAY, ResponseFlags::NONE, "direct_response"));
@@ -94,9 +94,7 @@ pub(crate) async fn forward(
             },
         }
     };
-    if let Some(watch) = watch {
-        watch.answered(&mut response);
-    }
+    forward.count(destination, cx, &mut response);
     if let (RequestKey::Issued(issued), Ok(response)) = (attempt.key, &mut response) {
         give_cookie(cluster.spec(), issued, response);
     }

@@ -8,11 +8,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::Response;
 use mesh_core::matcher::{HeaderMatcher, QueryMatcher, StringMatcher};
-use mesh_core::{ConnInfo, PinnedRoute};
+use mesh_core::{Body, ConnInfo, Error, PinnedRoute, RequestContext};
 use rand::Rng;
 
-use crate::canary::{CanarySpec, InvalidCanary, Split, Watch};
+use crate::canary::{CanarySpec, InvalidCanary, Split};
 use crate::cluster::Cluster;
 use crate::cors::CorsPolicy;
 use crate::direct_response::DirectResponse;
@@ -269,9 +270,16 @@ impl Forward {
         Ok(Self { canary: Some(Box::new(split)), ..self })
     }
 
-    /// Watches a request to one of the destinations, where one of them is a canary.
-    pub(crate) fn watch(&self, chosen: &Destination) -> Option<Box<Watch>> {
-        self.canary.as_ref()?.watch(&self.destinations, chosen)
+    /// Counts the end of a request to one of the destinations, where one of them is a canary.
+    pub(crate) fn count(
+        &self,
+        chosen: &Destination,
+        cx: &RequestContext,
+        answer: &mut Result<Response<Body>, Error>,
+    ) {
+        if let Some(canary) = &self.canary {
+            canary.count(&self.destinations, chosen, cx.received_at(), answer);
+        }
     }
 
     /// Chooses a destination: by its key if the request has one, else by a draw.

@@ -1,12 +1,15 @@
 //! The choice between the two destinations of a rule with a canary, by the share that its rollout has now.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
+use http::Response;
+use mesh_core::{Body, Error};
 use rand::{Rng, RngExt as _};
 
+use super::ending::Ending;
 use super::rollout::{Rollout, Version};
 use super::spec::{CanarySpec, InvalidCanary};
-use super::watch::Watch;
 use crate::route::Destination;
 use crate::weighted::Weighted;
 
@@ -69,15 +72,18 @@ impl Split {
         })
     }
 
-    /// Watches a request to one of the destinations to its end.
-    pub(crate) fn watch(
+    /// Counts the end of a request to one of the destinations, now or when its body has ended.
+    pub(crate) fn count(
         &self,
         destinations: &Weighted<Destination>,
         chosen: &Destination,
-    ) -> Option<Box<Watch>> {
-        let rollout = self.rollout()?;
+        received_at: Instant,
+        answer: &mut Result<Response<Body>, Error>,
+    ) {
+        let Some(rollout) = self.rollout() else { return };
         let is_canary = destinations.get(self.at).is_some_and(|canary| std::ptr::eq(canary, chosen));
         let version = if is_canary { Version::Canary } else { Version::Stable };
-        Some(Box::new(Watch::new(Arc::clone(rollout), version)))
+        let took = mesh_core::clock::now().saturating_duration_since(received_at);
+        Ending::new(Arc::clone(rollout), version, took).answered(answer);
     }
 }

@@ -1,7 +1,7 @@
-//! A request on its way to one of the versions: counted once, at its end, or not at all.
+//! The end of a request to one of the versions: counted once, or not at all.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, Response};
@@ -13,12 +13,14 @@ use crate::outlier::Observation;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
-/// A request that is under way. One that is dropped was cancelled, and is not counted.
-#[derive(Debug)]
-pub(crate) struct Watch {
+/// A request whose response has begun, or will not. It rides on the body of the response; with a request that is dropped
+/// before, which was cancelled, there is none.
+pub(super) struct Ending {
     rollout: Arc<Rollout>,
     version: Version,
-    started: Instant,
+    took: Duration,
+    outcome: Outcome,
+    grpc: bool,
 }
 
 /// How a request ended.
@@ -30,45 +32,31 @@ enum Outcome {
     Neither,
 }
 
-/// Waits for the end of a response that has begun well.
-struct Ending {
-    watch: Watch,
-    took: Duration,
-    outcome: Outcome,
-    grpc: bool,
-}
-
-impl Watch {
-    pub(crate) fn new(rollout: Arc<Rollout>, version: Version) -> Self {
-        Self { rollout, version, started: mesh_core::clock::now() }
+impl Ending {
+    /// Of a request to this version, so long after it arrived.
+    pub(super) fn new(rollout: Arc<Rollout>, version: Version, took: Duration) -> Self {
+        Self { rollout, version, took, outcome: Outcome::Neither, grpc: false }
     }
 
     /// There is a response, whose body may still be to come, or none.
-    pub(crate) fn answered(self, answer: &mut Result<Response<Body>, Error>) {
-        let took = mesh_core::clock::now().saturating_duration_since(self.started);
+    pub(super) fn answered(mut self, answer: &mut Result<Response<Body>, Error>) {
         let response = match answer {
             Ok(response) => response,
-            Err(error) => return self.count(of_error(error), took),
+            Err(error) => return self.count(of_error(error)),
         };
-        let outcome = of_head(response);
+        self.outcome = of_head(response);
         // What has failed needs no end; of a gRPC call the trailers say whether it has.
-        if outcome != Outcome::Success || response.body().is_end_stream() {
-            return self.count(outcome, took);
+        if self.outcome != Outcome::Success || response.body().is_end_stream() {
+            return self.count(self.outcome);
         }
-        let grpc = is_grpc(response.headers());
+        self.grpc = is_grpc(response.headers());
         let body = std::mem::take(response.body_mut());
-        *response.body_mut() = body.with_hook(Ending { watch: self, took, outcome, grpc });
+        *response.body_mut() = body.with_hook(self);
     }
 
-    /// There is no answer.
-    pub(crate) fn failed(self, error: &Error) {
-        let took = mesh_core::clock::now().saturating_duration_since(self.started);
-        self.count(of_error(error), took);
-    }
-
-    fn count(&self, outcome: Outcome, took: Duration) {
+    fn count(&self, outcome: Outcome) {
         match outcome {
-            Outcome::Success => self.rollout.count(self.version, Some(took)),
+            Outcome::Success => self.rollout.count(self.version, Some(self.took)),
             Outcome::Failure => self.rollout.count(self.version, None),
             Outcome::Neither => {}
         }
@@ -88,7 +76,7 @@ impl BodyHook for Ending {
             EndOfBody::Failed(error) => of_error(error),
             _ => Outcome::Neither,
         };
-        self.watch.count(outcome, self.took);
+        self.count(outcome);
     }
 }
 
