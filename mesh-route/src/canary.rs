@@ -20,9 +20,43 @@
 //! and whatever a client cancelled. The latency of a request that succeeded is the time from its arrival to the head of
 //! its response.
 //!
+//! A version that hangs is therefore seen to fail only where a timeout of the rule ends its requests.
+//!
 //! **How long a rollout lives.** As long as its rule with an equal definition: the name of the rule, the versions, how it
 //! is rolled out. Another definition begins anew, and so does the process: a restart begins at the first step. What was
 //! rolled back stays so until the definition changes. Every process decides by what it has seen itself.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use std::time::Duration;
+//!
+//! use mesh_core::ClusterName;
+//! use mesh_route::canary::{Canaries, CanaryPolicy};
+//! use mesh_route::{Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, RouteBuilder, RouteTable};
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let version = |name, port| {
+//!     let endpoints = Discovery::Static(vec![EndpointSpec::new(([127, 0, 0, 1], port).into())]);
+//!     Arc::new(Cluster::new(ClusterSpec::new(ClusterName::custom(name), endpoints)))
+//! };
+//! let route = RouteBuilder::new("reviews")
+//!     .timeout(Duration::from_secs(5))
+//!     .canary(Duration::from_secs(10), CanaryPolicy::default())
+//!     .split([(100, version("v1", 9081)), (0, version("v2", 9082))])?;
+//! let table = RouteTable::builder().host("reviews", [route]).build()?;
+//!
+//! // Before the table is published, each time.
+//! let canaries = Canaries::new();
+//! canaries.reconcile(&table);
+//! Clusters::new().reconcile(table.clusters());
+//! tokio::spawn(canaries.clone().run());
+//! for canary in canaries.status() {
+//!     assert_eq!((&*canary.spec.name, canary.share), ("reviews", 5));
+//! }
+//! # Ok(())
+//! # }
+//! # tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(example()).unwrap();
+//! ```
 
 mod controller;
 mod ending;

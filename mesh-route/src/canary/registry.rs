@@ -12,20 +12,6 @@ use super::rollout::{CanaryStatus, Rollout};
 use crate::table::RouteTable;
 
 /// The rollouts of the table in force; cloning shares them.
-///
-/// ```
-/// use mesh_route::canary::Canaries;
-/// use mesh_route::RouteTable;
-///
-/// # fn example(table: RouteTable) {
-/// let canaries = Canaries::new();
-/// canaries.reconcile(&table); // before the table is published, each time
-/// tokio::spawn(canaries.clone().run());
-/// for canary in canaries.status() {
-///     println!("{}: {} %", canary.spec.name, canary.share);
-/// }
-/// # }
-/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Canaries(Arc<Registry>);
 
@@ -140,5 +126,69 @@ impl Canaries {
 
     fn rollouts(&self) -> MutexGuard<'_, Vec<Arc<Rollout>>> {
         self.0.rollouts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use mesh_core::ClusterName;
+
+    use super::*;
+    use crate::builder::RouteBuilder;
+    use crate::canary::CanaryPolicy;
+    use crate::cluster::{Cluster, ClusterSpec, Discovery};
+    use crate::route::Route;
+
+    fn rule(name: &str, interval: u64, steps: &[u8]) -> Route {
+        let cluster = |name: &str| {
+            Arc::new(Cluster::new(ClusterSpec::new(ClusterName::custom(name), Discovery::BlackHole)))
+        };
+        let policy = CanaryPolicy { steps: steps.to_vec(), ..CanaryPolicy::default() };
+        let route = RouteBuilder::new(name).canary(Duration::from_secs(interval), policy);
+        route.split([(1, cluster("v1")), (1, cluster("v2"))]).unwrap()
+    }
+
+    fn table(routes: impl IntoIterator<Item = Route>) -> RouteTable {
+        RouteTable::builder().host("*", routes).build().unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_canary_is_looked_at_in_its_own_time() {
+        let canaries = Canaries::new();
+        let start = mesh_core::clock::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(canaries.tick(start), None, "there is none");
+        canaries.reconcile(&table([rule("a", 2, &[5, 100]), rule("b", 3, &[5, 100])]));
+        assert_eq!(canaries.tick(start), Some(after(2)));
+        assert_eq!(canaries.tick(after(2)), Some(after(3)));
+        assert_eq!(canaries.tick(after(3)), Some(after(4)));
+        assert_eq!(canaries.tick(after(100)), Some(after(102)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_rule_at_many_places_is_one_rollout() {
+        let canaries = Canaries::new();
+        let route = || rule("a", 1, &[5, 100]);
+        let first = RouteTable::builder().host("a", [route(), route()]).host("b", [route()]).build().unwrap();
+        canaries.reconcile(&first);
+        assert_eq!(canaries.status().len(), 1);
+        let rollouts = |table: &RouteTable| -> Vec<_> {
+            table.canaries().map(|split| Arc::as_ptr(split.rollout().unwrap())).collect()
+        };
+        let [one, two, three] = rollouts(&first)[..] else { panic!("three places") };
+        assert!(one == two && two == three);
+        // What differs goes by itself, though it is called alike, and what is gone is forgotten.
+        let second = table([route(), rule("a", 1, &[10, 100])]);
+        canaries.reconcile(&second);
+        let [kept, other] = rollouts(&second)[..] else { panic!("two places") };
+        assert!(kept == one && other != one);
+        let third = table([rule("a", 1, &[10, 100])]);
+        canaries.reconcile(&third);
+        assert_eq!(rollouts(&third), [other]);
+        let fourth = table([route()]);
+        canaries.reconcile(&fourth);
+        assert_ne!(rollouts(&fourth), [one], "begun anew, though requests of the first generation may live");
     }
 }

@@ -228,3 +228,77 @@ impl Sums {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::canary::{CanaryPolicy, Cause};
+
+    fn rollout() -> Rollout {
+        let spec =
+            CanarySpec::new("a", "v1", "v2", CanaryPolicy { min_requests: 1, ..CanaryPolicy::default() });
+        Rollout::new(Arc::new(spec), mesh_core::clock::now())
+    }
+
+    #[test]
+    fn nothing_is_lost_between_looks_whoever_counts() {
+        let rollout = rollout();
+        let mut seen = Sums::default();
+        let mut sum = (0, 0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for at in 0..10_000 {
+                        rollout.count(Version::Canary, (at % 4 != 0).then_some(Duration::from_millis(1)));
+                    }
+                });
+            }
+            for _ in 0..100 {
+                let sums = rollout.canary.sums();
+                let since = sums.since(seen);
+                (seen, sum) = (sums, (sum.0 + since.successes, sum.1 + since.failures));
+            }
+        });
+        let rest = rollout.canary.sums().since(seen);
+        assert_eq!((sum.0 + rest.successes, sum.1 + rest.failures), (30_000, 10_000));
+        assert_eq!(rollout.status().canary_total, Totals { successes: 30_000, failures: 10_000 });
+        assert_eq!(rollout.status().stable_total, Totals::default());
+    }
+
+    #[test]
+    fn latencies_are_summed_with_their_squares() {
+        let counters = Counters::default();
+        for millis in [10, 20, 30] {
+            counters.count(Some(Duration::from_millis(millis)));
+        }
+        counters.count(None);
+        let measured = counters.sums().since(Sums::default());
+        assert_eq!((measured.requests(), measured.mean_latency()), (4, Some(Duration::from_millis(20))));
+        // 1,400 ms by ms, but for what is rounded up.
+        assert!((measured.latency_squares - 1.4e-3).abs() < 2e-8, "{}", measured.latency_squares);
+        counters.count(Some(Duration::from_secs(3600)));
+        assert_eq!(counters.sums().since(Sums::default()).latency, LONGEST + Duration::from_millis(60));
+        // What wraps around is subtracted all the same.
+        let before = Sums { micros: u64::MAX - 9, squares: u64::MAX, ..Sums::default() };
+        let after = Sums { micros: 10, squares: 0, ..Sums::default() };
+        assert_eq!(after.since(before).latency, Duration::from_micros(20));
+    }
+
+    #[test]
+    fn it_is_looked_at_when_it_is_time_and_stored_for_workers() {
+        let rollout = rollout();
+        let start = rollout.status().since;
+        for _ in 0..20 {
+            rollout.count(Version::Canary, None);
+            rollout.count(Version::Stable, Some(Duration::from_millis(1)));
+        }
+        let due = start + Duration::from_secs(10);
+        assert_eq!(rollout.tick(due - Duration::from_nanos(1)), (None, Some(due)));
+        assert_eq!(rollout.share(), 5);
+        let (event, next) = rollout.tick(due);
+        assert!(matches!(event.unwrap().cause, Cause::Failures(_)));
+        assert_eq!((rollout.share(), next), (0, None));
+        assert_eq!(rollout.tick(due + Duration::from_secs(10)), (None, None), "it has ended");
+        assert_eq!(rollout.status().events, [event.unwrap()]);
+    }
+}

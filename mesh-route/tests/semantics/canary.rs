@@ -209,6 +209,21 @@ async fn vs_r05_a_slow_canary_is_rolled_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn vs_r05_a_canary_that_does_not_answer_in_time_is_rolled_back() {
+    let mesh = Mesh::start(GOOD, Behaviour { latency: Duration::from_secs(3600), ..GOOD }, 1);
+    let http = SPLIT.replace("- {", "- {timeout: 1s, ");
+    let client = mesh.publish(&compile(&(reviews(&[1, 2]) + &annotated(&http, &[("canary", ROLLOUT)]))))(1);
+    for _ in 0..1000 {
+        let client = client.clone();
+        tokio::spawn(async move { whole(&client, "http://reviews/").await });
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let status = mesh.status();
+    assert_eq!((status.phase, status.share), (Phase::RolledBack, 0));
+    assert_eq!(status.canary_total.successes, 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn vs_r05_a_canary_that_breaks_when_it_is_alone_is_rolled_back() {
     let mesh = Mesh::start(GOOD, GOOD, 1);
     let client = mesh.publish(&rollout(ROLLOUT))(1);
@@ -420,8 +435,8 @@ async fn counted(
 }
 
 /// Sends one and reads what comes.
-async fn whole(client: &Client) {
-    if let Ok(response) = client.clone().oneshot(get("http://up/")).await {
+async fn whole(client: &Client, url: &str) {
+    if let Ok(response) = client.clone().oneshot(get(url)).await {
         let _ = response.into_body().collect().await;
     }
 }
@@ -446,7 +461,7 @@ async fn vs_r05_what_counts_as_a_failure() {
     let script = move |seen: &mesh_testkit::scripted::Seen| script[seen.nth - 1].0.clone();
     let (client, totals, _up) = counted(UpstreamProtocol::Http2, script, |_| {}, |route| route).await;
     for (reply, expected) in replies {
-        whole(&client).await;
+        whole(&client, "http://up/").await;
         assert_eq!(totals(), expected, "{reply:?}");
     }
 }
@@ -460,7 +475,7 @@ async fn vs_r05_a_response_that_breaks_off_is_a_failure_and_one_that_is_dropped_
         |route| route.idle_timeout(Duration::from_millis(100)),
     )
     .await;
-    whole(&client).await;
+    whole(&client, "http://up/").await;
     assert_eq!(totals(), (0, 1));
     let response = client.clone().oneshot(get("http://up/")).await.unwrap();
     drop(response);
@@ -486,7 +501,7 @@ async fn vs_r05_what_says_nothing_of_a_version_is_not_counted() {
         fault.scope = scope;
         let (client, totals, up) =
             counted(UpstreamProtocol::Http1, |_| Reply::Status(200), |_| {}, |r| r.fault(fault)).await;
-        whole(&client).await;
+        whole(&client, "http://up/").await;
         assert_eq!((totals(), up.requests()), ((0, 0), 0));
     }
     // But where there is nobody to answer, the version fails.
@@ -497,7 +512,7 @@ async fn vs_r05_what_says_nothing_of_a_version_is_not_counted() {
         |r| r,
     )
     .await;
-    whole(&client).await;
+    whole(&client, "http://up/").await;
     assert_eq!(totals(), (0, 1));
 }
 
