@@ -41,7 +41,8 @@ pub(super) const VIRTUAL_SERVICE: Known = &[
     (FAULT_SCOPE, |_| Ok(())),
     (CLIENT_OVERRIDES, |value| one_of(value, &["true", "false"])),
     (STICKY_SPLIT, |value| value.parse::<HashPolicy>().map(drop).map_err(|error| error.to_string())),
-    (CANARY, super::canary::judge),
+    // Judged where rollouts are compiled.
+    (CANARY, |_| Ok(())),
 ];
 
 pub(super) const DESTINATION_RULE: Known = &[(LOAD_BALANCER, |value| one_of(value, &[PEAK_EWMA]))];

@@ -41,16 +41,18 @@ struct Wanted {
     policy: CanaryPolicy,
 }
 
-/// Whether a value can be understood.
-pub(super) fn judge(value: &str) -> Result<(), String> {
-    parse(value).map(drop)
-}
-
-/// Says which annotations have no rule to hold for.
+/// Says which annotations cannot be understood, or have no rule to hold for.
 pub(super) fn check(mesh: &Mesh<'_>, diags: &mut Diagnostics) {
     for resource in mesh.set.virtual_services() {
-        let Some(wanted) = wanted(resource) else { continue };
-        let at = format!("metadata.annotations.{CANARY}");
+        let Some(text) = resource.meta.annotations.get(CANARY) else { continue };
+        let at = format!("metadata.annotations[{CANARY:?}]");
+        let wanted = match parse(text) {
+            Ok(wanted) => wanted,
+            Err(reason) => {
+                diags.error_at(resource.doc, at, reason);
+                continue;
+            }
+        };
         if resource.spec.hosts.is_empty() {
             let message = "has no effect in a delegate: the virtual service that delegates says it";
             diags.warning_at(resource.doc, at, message);
@@ -262,7 +264,7 @@ mod tests {
             ("canary=v2; latency-factor=NaN", "latency-factor: a number above 1"),
             ("canary=v2; alpha=0%", "alpha, beta: a probability"),
         ] {
-            let error = judge(text).unwrap_err();
+            let error = parse(text).map(|_| ()).unwrap_err();
             assert!(error.starts_with(reason), "{text}: {error}");
         }
     }

@@ -525,7 +525,7 @@ fn vs_r05_what_is_wrong_with_a_canary_is_said_where_it_is() {
     let three = SPLIT.replace("]}\n", ", {destination: {host: reviews}}]}\n");
     let alike = SPLIT.replace("subset: v1", "subset: v2");
     let one = "  - {route: [{destination: {host: reviews}}]}\n";
-    let at = "metadata.annotations.mesh.rs/canary";
+    let at = "metadata.annotations[\"mesh.rs/canary\"]";
     for (http, canary, path, reason) in [
         (SPLIT, "v2", at, "v2: KEY=VALUE is wanted"),
         (SPLIT, "canary=v2; steps=50,20", at, "steps: the shares grow"),
@@ -546,7 +546,23 @@ fn vs_r05_what_is_wrong_with_a_canary_is_said_where_it_is() {
         assert_eq!(found.len(), 1, "{canary}: {diags}");
         assert!(found[0].position.is_some(), "{diags}");
     }
-    let it = compile(&(reviews(&[1, 2]) + &annotated(&both, &[("canary", "canary=v2; rule=b")])));
+    // In a delegate it says nothing, but rules of a delegate are rolled out like any.
+    let delegate = |annotation: &str| {
+        let route = annotated(SPLIT, &[("canary", annotation)]).replace("  hosts: [reviews]\n", "");
+        route.replace("name: reviews,", "name: inner,")
+    };
+    let root = |annotation: &str| {
+        let rule = "  - {match: [{uri: {prefix: /a}}], delegate: {name: inner}}\n  - {route: [{destination: {host: reviews}}]}\n";
+        annotated(rule, &[("canary", annotation)])
+    };
+    let services = reviews(&[1, 2]);
+    let it = compile(&(services.clone() + &delegate("canary=v1") + &root("canary=v2")));
+    it.warns(at, "has no effect in a delegate");
+    Canaries::new().reconcile(&it.table);
+    let of = |url: &str| it.ask(url).to_json()["decision"]["canary"]["share"].clone();
+    assert_eq!((of("http://reviews/a"), of("http://reviews/b")), (json!(5), json!(null)));
+
+    let it = compile(&(services + &annotated(&both, &[("canary", "canary=v2; rule=b")])));
     let canaries = Canaries::new();
     canaries.reconcile(&it.table);
     let names: Vec<_> = canaries.status().iter().map(|status| status.spec.name.to_string()).collect();
