@@ -124,16 +124,27 @@ impl Mesh {
         status.clone()
     }
 
-    /// Sends a request every 10 ms until the rollout has ended, for at most an hour.
+    /// Sends a request every 10 ms until the rollout has ended.
     async fn until_the_end(&self, client: &Client) -> CanaryStatus {
-        for _ in 0..360_000 {
-            if self.status().phase != Phase::Running {
-                break;
+        self.until(client, |status| status.phase != Phase::Running).await;
+        self.status()
+    }
+
+    /// Sends a request every 10 ms until the canary has this share.
+    async fn until_share(&self, client: &Client, share: u8) {
+        self.until(client, |status| status.share >= share).await;
+    }
+
+    /// For at most five minutes.
+    async fn until(&self, client: &Client, condition: impl Fn(&CanaryStatus) -> bool) {
+        for _ in 0..30_000 {
+            if condition(&self.status()) {
+                return;
             }
             tokio::spawn(ask(client.clone(), get("http://reviews/")));
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        self.status()
+        panic!("not within five minutes: {:?}", self.status());
     }
 }
 
@@ -227,10 +238,7 @@ async fn vs_r05_a_canary_that_does_not_answer_in_time_is_rolled_back() {
 async fn vs_r05_a_canary_that_breaks_when_it_is_alone_is_rolled_back() {
     let mesh = Mesh::start(GOOD, GOOD, 1);
     let client = mesh.publish(&rollout(ROLLOUT))(1);
-    while mesh.status().share < 100 {
-        tokio::spawn(ask(client.clone(), get("http://reviews/")));
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    mesh.until_share(&client, 100).await;
     let broken = Mesh { versions: Versions::new(GOOD, Behaviour { failing: 0.5, ..GOOD }, 1), ..mesh };
     let client = broken.publish(&rollout(ROLLOUT))(2);
     let end = broken.until_the_end(&client).await;
@@ -259,10 +267,7 @@ async fn vs_r05_few_requests_decide_nothing() {
 async fn vs_r05_a_reload_keeps_the_share_and_another_definition_begins_anew() {
     let mesh = Mesh::start(GOOD, GOOD, 1);
     let before = mesh.publish(&rollout(ROLLOUT))(1);
-    while mesh.status().share < 50 {
-        tokio::spawn(ask(before.clone(), get("http://reviews/")));
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    mesh.until_share(&before, 50).await;
     ask_often(&before, 100).await;
     let kept = mesh.status();
     // The same rollout, in a configuration that has changed elsewhere, and is written otherwise.
@@ -352,10 +357,7 @@ async fn vs_r05_only_those_who_must_move_do_as_the_share_moves() {
     };
     let mut before = BTreeSet::new();
     for (share, expected) in [(20, 50..110), (50, 160..240), (100, 400..401)] {
-        while mesh.status().share < share {
-            tokio::spawn(ask(client.clone(), get("http://reviews/")));
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        mesh.until_share(&client, share).await;
         let after = on_canary().await;
         assert!(expected.contains(&after.len()), "{share} %: {}", after.len());
         assert!(after.is_superset(&before), "nobody leaves the canary while it grows");
