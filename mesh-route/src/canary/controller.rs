@@ -243,14 +243,14 @@ impl Controller {
             0 => tolerated,
             _ => highest_rate(self.before, self.policy.alpha).max(tolerated),
         });
-        let log = |odds| match alone {
+        let logs = ODDS.map(|odds| match alone {
             None => log_odds_ratio(canary, stable, odds),
             Some(rate) => log_odds_ratio_at(rate, canary, odds),
-        };
-        for (worse, odds) in self.worse.iter_mut().zip(ODDS) {
-            *worse += log(odds);
+        });
+        for (worse, log) in self.worse.iter_mut().zip(logs) {
+            *worse += log;
         }
-        self.no_worse -= log(ODDS[0]);
+        self.no_worse -= logs[0];
         let good = tolerated / 4.0;
         self.tolerable += canary.failures as f64 * (good / tolerated).ln()
             + canary.successes as f64 * ((1.0 - good) / (1.0 - tolerated)).ln();
