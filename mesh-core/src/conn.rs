@@ -3,6 +3,8 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
+use crate::identity::PeerInfo;
+
 /// Which side of the workload a listener serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
@@ -43,6 +45,10 @@ pub struct ConnInfo {
     pub listener: Arc<str>,
     /// Whether the transport is TLS that we terminated.
     pub tls: bool,
+    /// The server name that the client asked for, in lower case, where TLS was terminated.
+    pub sni: Option<Arc<str>>,
+    /// The peer, where it showed a certificate and its chain was verified.
+    pub identity: Option<Arc<PeerInfo>>,
 }
 
 impl ConnInfo {
@@ -58,6 +64,8 @@ impl ConnInfo {
             port: 0,
             listener: Arc::from(direction.as_str()),
             tls: false,
+            sni: None,
+            identity: None,
         }
     }
 }

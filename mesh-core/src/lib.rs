@@ -14,6 +14,7 @@ mod edge;
 mod error;
 mod flags;
 pub mod forwarded;
+pub mod identity;
 #[cfg(feature = "istio")]
 pub mod istio;
 mod listener;

@@ -353,6 +353,8 @@ impl<S: HttpStack, H: ConnHandler<S>> Acceptor<S, H> {
             port: shared.spec.seen_port(original_dst, shared.address),
             listener: shared.spec.shared_name(),
             tls: false,
+            sni: None,
+            identity: None,
         };
         let permits = Permits {
             _open: open,
