@@ -1,7 +1,14 @@
 //! Identity and transport security of the mesh.
-//!
-//! This version originates and terminates no TLS. What there is, telling TLS from everything else by the first bytes,
-//! is in [`mesh_core::sniff`], because a listener does that before anyone ends TLS.
 #![forbid(unsafe_code)]
 
+mod bundle;
+#[cfg(feature = "ca")]
+pub mod ca;
+pub mod certificate;
+pub mod source;
+pub mod verifier;
+
+pub use bundle::{InvalidBundle, TrustBundle};
 pub use mesh_core::sniff;
+pub use source::{Identity, InvalidIdentity, Material, Materials};
+pub use verifier::{PeerRule, PeerVerifier, Pin, Refusal};

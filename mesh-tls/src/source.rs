@@ -1,0 +1,171 @@
+//! Where certificates come from, and how they change without a connection being dropped.
+//!
+//! Everything that a handshake needs of the outside is one [`Material`]: our certificate with its key, and whom to
+//! believe. It lives in a [`Materials`], which whoever rotates it swaps as a whole; a handshake reads it once, when it
+//! needs it. So a rotation rebuilds no configuration of rustls, new connections have the new certificate, and old ones
+//! live on. There is no session to resume, so nothing verified under an old bundle is believed under a new one.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+use mesh_core::identity::SpiffeId;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+use tokio::sync::watch;
+
+use crate::bundle::{InvalidBundle, TrustBundle};
+use crate::certificate::Leaf;
+
+/// A certificate of our own with its key.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    key: Arc<CertifiedKey>,
+    spiffe_id: Option<SpiffeId>,
+    not_before: SystemTime,
+    not_after: SystemTime,
+}
+
+/// What handshakes need of the outside, as of one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Material {
+    /// Who we are; `None` when nothing says it yet.
+    pub identity: Option<Identity>,
+    /// Whom to believe.
+    pub bundle: Arc<TrustBundle>,
+}
+
+/// The [`Material`] of a process, shared by all who shake hands. Cloning shares it.
+#[derive(Clone)]
+pub struct Materials(Arc<Shared>);
+
+struct Shared {
+    now: ArcSwap<Material>,
+    generation: watch::Sender<u64>,
+}
+
+/// Why a certificate and its key are not taken.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidIdentity {
+    /// Text is no PEM, or lacks a part.
+    #[error("the PEM cannot be read: {0}")]
+    Pem(rustls::pki_types::pem::Error),
+    /// There is no certificate.
+    #[error("there is no certificate")]
+    NoCertificate,
+    /// The certificate cannot be read.
+    #[error(transparent)]
+    Certificate(#[from] crate::certificate::Malformed),
+    /// The key cannot be used, or is that of another certificate.
+    #[error("the key does not fit the certificate: {0}")]
+    Key(rustls::Error),
+    /// The authorities cannot be read.
+    #[error("the authorities: {0}")]
+    Bundle(#[from] InvalidBundle),
+}
+
+impl Identity {
+    /// The identity of a chain, its own certificate first, and its key.
+    ///
+    /// # Errors
+    /// When there is no certificate, it cannot be read, or the key is not its own.
+    pub fn new(
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+        provider: &CryptoProvider,
+    ) -> Result<Self, InvalidIdentity> {
+        let leaf = Leaf::read(chain.first().ok_or(InvalidIdentity::NoCertificate)?)?;
+        let key = CertifiedKey::from_der(chain, key, provider).map_err(InvalidIdentity::Key)?;
+        let spiffe_id = match leaf.uri_sans.as_slice() {
+            [one] => one.parse().ok(),
+            _ => None,
+        };
+        Ok(Self { key: Arc::new(key), spiffe_id, not_before: leaf.not_before, not_after: leaf.not_after })
+    }
+
+    /// The identity of a chain and a key in PEM.
+    ///
+    /// # Errors
+    /// As [`Identity::new`], and when the text is no PEM.
+    pub fn from_pem(chain: &[u8], key: &[u8], provider: &CryptoProvider) -> Result<Self, InvalidIdentity> {
+        let chain = CertificateDer::pem_slice_iter(chain).collect::<Result<Vec<_>, _>>();
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(InvalidIdentity::Pem)?;
+        Self::new(chain.map_err(InvalidIdentity::Pem)?, key, provider)
+    }
+
+    /// Who we are, where the certificate says it in the form of SPIFFE.
+    #[must_use]
+    pub fn spiffe_id(&self) -> Option<&SpiffeId> {
+        self.spiffe_id.as_ref()
+    }
+
+    /// When the certificate begins.
+    #[must_use]
+    pub fn not_before(&self) -> SystemTime {
+        self.not_before
+    }
+
+    /// When the certificate ends.
+    #[must_use]
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
+    }
+
+    /// The chain that peers are shown, our own certificate first.
+    #[must_use]
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.key.cert
+    }
+
+    pub(crate) fn key(&self) -> Arc<CertifiedKey> {
+        Arc::clone(&self.key)
+    }
+}
+
+impl Materials {
+    /// What there is to begin with.
+    #[must_use]
+    pub fn new(material: Material) -> Self {
+        Self(Arc::new(Shared { now: ArcSwap::from_pointee(material), generation: watch::Sender::new(1) }))
+    }
+
+    /// Nobody is anybody, and nobody is believed.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::new(Material::default())
+    }
+
+    /// What handshakes use now.
+    #[must_use]
+    pub fn load(&self) -> Arc<Material> {
+        self.0.now.load_full()
+    }
+
+    /// Gives handshakes from now on something else.
+    pub fn store(&self, material: Material) {
+        self.0.now.store(Arc::new(material));
+        self.0.generation.send_modify(|generation| *generation += 1);
+    }
+
+    /// How often it changed, beginning with 1.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        *self.0.generation.borrow()
+    }
+
+    /// Hears of changes.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.generation.subscribe()
+    }
+}
+
+impl fmt::Debug for Materials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Materials").field("generation", &self.generation()).finish_non_exhaustive()
+    }
+}
