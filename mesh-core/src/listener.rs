@@ -288,6 +288,9 @@ pub(crate) struct Stats {
     pub(crate) loops: AtomicU64,
     pub(crate) passed_on: AtomicU64,
     pub(crate) accept_errors: AtomicU64,
+    pub(crate) handshakes: AtomicUsize,
+    pub(crate) handshake_failures: AtomicU64,
+    pub(crate) plaintext_refused: AtomicU64,
 }
 
 impl Stats {
@@ -306,6 +309,12 @@ impl Stats {
 /// A connection that counts as open.
 #[derive(Debug)]
 pub(crate) struct Open(Arc<Stats>);
+
+impl Open {
+    pub(crate) const fn stats(&self) -> &Arc<Stats> {
+        &self.0
+    }
+}
 
 impl Drop for Open {
     fn drop(&mut self) {
@@ -339,6 +348,12 @@ pub struct ListenerStatus {
     pub passed_on: u64,
     /// Failures to accept, such as running out of file descriptors.
     pub accept_errors: u64,
+    /// TLS handshakes under way.
+    pub handshakes: usize,
+    /// TLS handshakes that failed, were late, or were too many at once.
+    pub handshake_failures: u64,
+    /// Connections closed because they began in plaintext where TLS is demanded.
+    pub plaintext_refused: u64,
 }
 
 impl ListenerStatus {
@@ -355,6 +370,9 @@ impl ListenerStatus {
             loops: stats.loops.load(Ordering::Relaxed),
             passed_on: stats.passed_on.load(Ordering::Relaxed),
             accept_errors: stats.accept_errors.load(Ordering::Relaxed),
+            handshakes: stats.handshakes.load(Ordering::Relaxed),
+            handshake_failures: stats.handshake_failures.load(Ordering::Relaxed),
+            plaintext_refused: stats.plaintext_refused.load(Ordering::Relaxed),
         }
     }
 }

@@ -157,6 +157,12 @@ impl<S: HttpStack> HttpEdge<S> {
     {
         Drive::new(self.edge, connection, io, self.protocol)
     }
+
+    /// Serves what was agreed on during a handshake.
+    pub(crate) fn speaking(mut self, protocol: Option<Protocol>) -> Self {
+        self.protocol = protocol.unwrap_or(self.protocol);
+        self
+    }
 }
 
 const fn http(protocol: ListenerProtocol) -> Protocol {
@@ -357,7 +363,7 @@ impl<S: HttpStack, H: ConnHandler<S>> Acceptor<S, H> {
             identity: None,
         };
         let permits = Permits {
-            _open: open,
+            open,
             _load: loaded,
             _tokens: (shared.process.as_ref().map(Drain::token), shared.drain.token()),
         };

@@ -10,19 +10,21 @@
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::Waker;
 
 use tokio::sync::Notify;
 
 use crate::conn::ConnInfo;
 use crate::drain::{Phase, Token};
-use crate::listener::Open;
+use crate::listener::{Open, Stats};
 
 /// An open connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    info: Arc<ConnInfo>,
+    accepted: Arc<ConnInfo>,
+    /// What is known once TLS was terminated.
+    secured: OnceLock<Arc<ConnInfo>>,
     /// The phase when it was accepted: what came during a drain has not been told yet.
     born: Phase,
     in_flight: AtomicUsize,
@@ -33,13 +35,13 @@ pub(crate) struct Connection {
     cut: Notify,
     registry: Arc<Connections>,
     seat: usize,
-    _permits: Permits,
+    permits: Permits,
 }
 
 /// What is given back when a connection is gone.
 #[derive(Debug)]
 pub(crate) struct Permits {
-    pub(crate) _open: Open,
+    pub(crate) open: Open,
     pub(crate) _load: Option<Loaded>,
     pub(crate) _tokens: (Option<Token>, Token),
 }
@@ -49,7 +51,8 @@ impl Connection {
         let phase = registry.phase();
         let seat = registry.take_seat();
         let connection = Arc::new(Self {
-            info: Arc::new(info),
+            accepted: Arc::new(info),
+            secured: OnceLock::new(),
             born: phase,
             in_flight: AtomicUsize::new(0),
             requests: AtomicU32::new(0),
@@ -59,7 +62,7 @@ impl Connection {
             cut: Notify::new(),
             registry: Arc::clone(registry),
             seat,
-            _permits: permits,
+            permits,
         });
         registry.sit(seat, &connection);
         // The phase may have advanced between reading it and taking the seat.
@@ -67,8 +70,19 @@ impl Connection {
         connection
     }
 
-    pub(crate) const fn info(&self) -> &Arc<ConnInfo> {
-        &self.info
+    pub(crate) fn info(&self) -> &Arc<ConnInfo> {
+        self.secured.get().unwrap_or(&self.accepted)
+    }
+
+    /// Adds what the end of a handshake told, before anything is served.
+    pub(crate) fn secure(&self, info: ConnInfo) {
+        // There is one handshake; a second one would be told of nothing.
+        let _ = self.secured.set(Arc::new(info));
+    }
+
+    /// What is counted of its listener.
+    pub(crate) fn stats(&self) -> &Arc<Stats> {
+        self.permits.open.stats()
     }
 
     pub(crate) fn phase(&self) -> Phase {

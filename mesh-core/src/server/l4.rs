@@ -154,7 +154,7 @@ impl<S: HttpStack, L: L4> ConnHandler<S> for WithL4<L> {
 }
 
 /// Reads until it is known what is spoken: that, and what was read. `None` when the connection is over.
-async fn look<T: AsyncRead + Unpin>(
+pub(super) async fn look<T: AsyncRead + Unpin>(
     io: &mut T,
     connection: &Connection,
     patience: Option<Duration>,
@@ -282,7 +282,7 @@ mod tests {
 
     fn connection() -> Arc<Connection> {
         let permits = Permits {
-            _open: Arc::new(Stats::default()).open(1).unwrap(),
+            open: Arc::new(Stats::default()).open(1).unwrap(),
             _load: None,
             _tokens: (None, Drain::new().token()),
         };

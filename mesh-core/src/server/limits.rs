@@ -12,6 +12,10 @@ pub struct ServerLimits {
     pub max_connections: usize,
     /// From the first byte of an HTTP/1 request to the end of its head; then 408. Default 10 s.
     pub head_timeout: Duration,
+    /// From the first byte of a TLS connection to the end of its handshake; then it is closed. Default 10 s.
+    pub tls_handshake_timeout: Duration,
+    /// TLS handshakes at once per listener, over all workers. What comes above is closed. Default 1,000.
+    pub max_tls_handshakes: usize,
     /// Bytes of a request's head: request line and header fields of HTTP/1, header list of HTTP/2 (counted as
     /// HPACK counts, 32 bytes per field included). Above it, 431. Default 60 KiB.
     pub max_head_bytes: u32,
@@ -44,6 +48,8 @@ impl Default for ServerLimits {
         Self {
             max_connections: 10_000,
             head_timeout: Duration::from_secs(10),
+            tls_handshake_timeout: Duration::from_secs(10),
+            max_tls_handshakes: 1_000,
             max_head_bytes: 60 << 10,
             max_fields: 100,
             h2_max_streams: 100,

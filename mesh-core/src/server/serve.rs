@@ -476,7 +476,7 @@ mod tests {
     fn served(limits: ServerLimits) -> (DuplexStream, Arc<Connection>) {
         let edge = Arc::new(Edge::new(service_fn(hello), None, limits, Panics::default()));
         let permits = Permits {
-            _open: Arc::new(Stats::default()).open(1).unwrap(),
+            open: Arc::new(Stats::default()).open(1).unwrap(),
             _load: None,
             _tokens: (None, Drain::new().token()),
         };
