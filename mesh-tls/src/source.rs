@@ -44,6 +44,7 @@ pub struct Materials(Arc<Shared>);
 
 struct Shared {
     now: ArcSwap<Material>,
+    trust_domains: ArcSwap<Vec<String>>,
     generation: watch::Sender<u64>,
 }
 
@@ -130,7 +131,27 @@ impl Materials {
     /// What there is to begin with.
     #[must_use]
     pub fn new(material: Material) -> Self {
-        Self(Arc::new(Shared { now: ArcSwap::from_pointee(material), generation: watch::Sender::new(1) }))
+        let own = material.identity.as_ref().and_then(Identity::spiffe_id);
+        let own = own.map(|id| id.trust_domain().to_owned());
+        Self(Arc::new(Shared {
+            trust_domains: ArcSwap::from_pointee(own.into_iter().collect()),
+            now: ArcSwap::from_pointee(material),
+            generation: watch::Sender::new(1),
+        }))
+    }
+
+    /// The trust domains whose workloads are believed. Until they are set, that of the identity there was at first.
+    #[must_use]
+    pub fn trust_domains(&self) -> Arc<Vec<String>> {
+        self.0.trust_domains.load_full()
+    }
+
+    /// Believes workloads of these trust domains: the mesh's own and its aliases.
+    pub fn set_trust_domains(&self, trust_domains: Vec<String>) {
+        if **self.0.trust_domains.load() != trust_domains {
+            self.0.trust_domains.store(Arc::new(trust_domains));
+            self.0.generation.send_modify(|generation| *generation += 1);
+        }
     }
 
     /// Nobody is anybody, and nobody is believed.

@@ -31,8 +31,10 @@ use crate::source::Materials;
 pub enum PeerRule {
     /// The identity of a workload of one of these trust domains. With names, one of them.
     Svid {
-        /// The names of the trust domains; no name is no trust.
-        trust_domains: Vec<String>,
+        /// The names of the trust domains, where no name is no trust; `None` for those of the [`Material`].
+        ///
+        /// [`Material`]: crate::source::Material
+        trust_domains: Option<Vec<String>>,
         /// The identities that are expected; empty for any.
         any_of: Vec<String>,
     },
@@ -162,7 +164,9 @@ impl PeerVerifier {
             .map_err(Refusal::Chain)?;
         let leaf = Leaf::read(certificate).map_err(|_| Refusal::Malformed)?;
         match &self.rule {
-            PeerRule::Svid { trust_domains, any_of } => svid(&leaf, trust_domains, any_of),
+            PeerRule::Svid { trust_domains, any_of } => {
+                svid(&leaf, trust_domains.as_deref().unwrap_or(&self.materials.trust_domains()), any_of)
+            }
             PeerRule::Named { any_of } if any_of.is_empty() => match server {
                 None => Err(Refusal::NotExpected { found: names(&leaf), expected: String::new() }),
                 Some(server) => end_entity.verify_is_valid_for_subject_name(server).map_err(|_| {

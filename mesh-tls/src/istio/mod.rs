@@ -1,0 +1,3 @@
+//! Istio's resources compiled into the models of this crate.
+
+mod peer_authentication;

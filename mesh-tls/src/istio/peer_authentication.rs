@@ -1,0 +1,41 @@
+//! PeerAuthentication compiled into the modes of the inbound ports. What selects whom is resolved in mesh-core.
+
+use mesh_core::config::{Compile, CompileContext, Rejected, Role};
+use mesh_core::diagnostics::Diagnostics;
+use mesh_core::istio::ResourceSet;
+use mesh_core::istio::effective::peer_authentication::MtlsModes;
+use mesh_core::istio::types::peer_authentication::MutualTlsMode;
+use mesh_core::server::DownstreamTls;
+
+use crate::inbound::InboundTls;
+
+const HONOURED: &[&str] = &["spec.selector", "spec.mtls", "spec.portLevelMtls"];
+
+impl Compile<ResourceSet> for InboundTls {
+    fn compile(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) -> Result<Self, Rejected> {
+        for policy in set.peer_authentications() {
+            diags.honour_all(policy.doc, HONOURED);
+        }
+        if cx.role == Role::Gateway {
+            // The servers of a gateway say themselves what they accept.
+            return Ok(Self::all(DownstreamTls::Disable));
+        }
+        let root = set.mesh_config().root_namespace();
+        let modes = MtlsModes::of(set.peer_authentications(), &cx.workload, root);
+        let all = Self::all(mode(modes.default_mode()));
+        Ok(modes.ports().fold(all, |all, (port, of_port)| all.port(port, mode(of_port))))
+    }
+
+    fn closed(_: &CompileContext) -> Self {
+        Self::default()
+    }
+}
+
+const fn mode(mode: MutualTlsMode) -> DownstreamTls {
+    match mode {
+        MutualTlsMode::Disable => DownstreamTls::Disable,
+        MutualTlsMode::Strict => DownstreamTls::Strict,
+        // Nothing that is resolved is unset; at the top it means the same.
+        MutualTlsMode::Permissive | MutualTlsMode::Unset => DownstreamTls::Permissive,
+    }
+}
