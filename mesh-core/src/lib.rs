@@ -46,4 +46,7 @@ pub use normalize::PathNormalization;
 pub use panic::{CatchPanic, CatchPanicLayer, Panics};
 pub use prefixed::Prefixed;
 pub use snapshot::{Pinned, Slot, Snapshot, Snapshots};
-pub use upstream::{ClusterName, Connect, ConnectTarget, Connecting, Io, UpstreamTls};
+pub use upstream::{
+    ClientTls, ClusterName, Connect, ConnectTarget, Connecting, Credential, CredentialFiles, Io, Originate,
+    Spoken, UpstreamTls,
+};

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
 
 use crate::conn::Direction;
 
@@ -90,14 +91,83 @@ impl fmt::Display for ClusterName {
 }
 
 /// How the transport to an endpoint is secured.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum UpstreamTls {
     /// Plaintext.
     #[default]
     Disable,
-    /// The configuration demands TLS, and nothing in this stack can originate it: every connection fails (503 `UF`).
-    Unavailable,
+    /// Mutual TLS of the mesh to the endpoints that have an identity, plaintext to the others (DR-TLS03).
+    Auto(Arc<ClientTls>),
+    /// TLS to every endpoint. Where nothing in the stack can originate it, every connection fails (503 `UF`).
+    Tls(Arc<ClientTls>),
+}
+
+/// How a client shakes hands.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ClientTls {
+    /// Who we are, and whom to believe.
+    pub credential: Credential,
+    /// The server name that is asked for; `None` asks for none.
+    pub sni: Option<String>,
+    /// The name of the server, which its certificate must have where no other names are expected. The mesh's own
+    /// identities have no such names, and are not asked for it.
+    pub host: String,
+    /// The names of which the server's certificate must have one, as written; empty for [`host`](Self::host), and for
+    /// any workload of the mesh's trust domains with [`Credential::Mesh`].
+    pub subject_alt_names: Vec<String>,
+    /// Takes any certificate, of anybody. Default false.
+    pub insecure_skip_verify: bool,
+}
+
+/// Whose certificates are used.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Credential {
+    /// The workload's own identity and the mesh's authorities (ISTIO_MUTUAL).
+    #[default]
+    Mesh,
+    /// Files. Without a certificate we show none; without authorities those of the system are believed.
+    Files(CredentialFiles),
+    /// A secret by its name.
+    Secret(String),
+}
+
+/// Files of PEM; an empty name is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CredentialFiles {
+    /// Our certificate with its intermediate ones.
+    pub certificate: String,
+    /// Its key.
+    pub key: String,
+    /// The authorities that are believed.
+    pub roots: String,
+    /// What they revoked.
+    pub revoked: String,
+}
+
+impl UpstreamTls {
+    /// What it is for one endpoint: `has_identity` says whether it shows one of the mesh.
+    #[must_use]
+    pub fn for_endpoint(&self, has_identity: bool) -> Option<&Arc<ClientTls>> {
+        match self {
+            Self::Disable => None,
+            Self::Auto(tls) => has_identity.then_some(tls),
+            Self::Tls(tls) => Some(tls),
+        }
+    }
+}
+
+/// What is spoken over a connection, which a handshake agrees on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Spoken {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2.
+    Http2,
+    /// Anything else.
+    Bytes,
 }
 
 /// Where one connection goes.
@@ -105,8 +175,18 @@ pub enum UpstreamTls {
 pub struct ConnectTarget {
     /// The address.
     pub addr: SocketAddr,
-    /// How the transport is secured.
-    pub tls: UpstreamTls,
+    /// How the transport is secured; `None` is plaintext.
+    pub tls: Option<Arc<ClientTls>>,
+    /// What will be spoken.
+    pub spoken: Spoken,
+}
+
+impl ConnectTarget {
+    /// In plaintext to this address.
+    #[must_use]
+    pub const fn plain(addr: SocketAddr, spoken: Spoken) -> Self {
+        Self { addr, tls: None, spoken }
+    }
 }
 
 /// A stream of bytes both ways.
@@ -124,6 +204,12 @@ pub type Connecting = Pin<Box<dyn Future<Output = io::Result<Box<dyn Io>>> + Sen
 pub trait Connect: fmt::Debug + Send + Sync {
     /// Connects to `target`.
     fn connect(&self, target: &ConnectTarget) -> Connecting;
+}
+
+/// Secures a TCP connection that was made: the seam between pools and a TLS library.
+pub trait Originate: fmt::Debug + Send + Sync {
+    /// Shakes hands over `stream`, as `tls` says. The time that it may take is bounded by whoever asks.
+    fn originate(&self, stream: TcpStream, tls: &ClientTls, spoken: Spoken) -> Connecting;
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ use crate::alpn;
 use crate::certificate::peer_info;
 use crate::inbound::InboundTls;
 use crate::source::Materials;
-use crate::verifier::{PeerRule, PeerVerifier};
+use crate::verifier::{PeerRule, PeerVerifier, in_words};
 
 /// Shakes hands as a server. Cloning shares it.
 ///
@@ -100,7 +100,7 @@ impl Acceptor {
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
-        let io = self.tls.accept(io).await?;
+        let io = self.tls.accept(io).await.map_err(in_words)?;
         let connection: &ServerConnection = io.get_ref().1;
         let peer = match connection.peer_certificates() {
             None | Some([]) => None,

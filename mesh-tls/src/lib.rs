@@ -7,6 +7,7 @@ mod bundle;
 #[cfg(feature = "ca")]
 pub mod ca;
 pub mod certificate;
+pub mod connector;
 mod inbound;
 #[cfg(feature = "istio")]
 mod istio;
@@ -15,6 +16,7 @@ pub mod verifier;
 
 pub use acceptor::{Acceptor, Inbound, Secured};
 pub use bundle::{InvalidBundle, TrustBundle};
+pub use connector::{Connector, Credentials};
 pub use inbound::InboundTls;
 pub use mesh_core::sniff;
 pub use source::{Identity, InvalidIdentity, Material, Materials};

@@ -12,6 +12,7 @@
 //! What is refused is refused with a [`Refusal`] that says why, for the log; the peer learns only the alert.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use mesh_core::identity::SpiffeId;
@@ -40,7 +41,9 @@ pub enum PeerRule {
     },
     /// A server of this name, or with one of these alternative names when there are any.
     Named {
-        /// The alternative names that are expected, as written; empty for the name of the server.
+        /// The name of the server: a DNS name, for which a wildcard of the certificate may stand, or an address.
+        host: String,
+        /// The alternative names that are expected in its place, as written; empty for the host.
         any_of: Vec<String>,
     },
     /// A chain that holds. With names, one of them is among its alternative names; with hashes, one of them is that of
@@ -140,7 +143,6 @@ impl PeerVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
         usage: KeyUsage,
-        server: Option<&ServerName<'_>>,
     ) -> Result<(), Refusal> {
         if intermediates.len() >= MAX_CHAIN {
             return Err(Refusal::TooManyCertificates(intermediates.len() + 1));
@@ -167,13 +169,16 @@ impl PeerVerifier {
             PeerRule::Svid { trust_domains, any_of } => {
                 svid(&leaf, trust_domains.as_deref().unwrap_or(&self.materials.trust_domains()), any_of)
             }
-            PeerRule::Named { any_of } if any_of.is_empty() => match server {
-                None => Err(Refusal::NotExpected { found: names(&leaf), expected: String::new() }),
-                Some(server) => end_entity.verify_is_valid_for_subject_name(server).map_err(|_| {
-                    Refusal::NotExpected { found: names(&leaf), expected: server.to_str().into_owned() }
-                }),
-            },
-            PeerRule::Named { any_of } => expected(&leaf, any_of),
+            PeerRule::Named { host, any_of } if any_of.is_empty() => {
+                let name = ServerName::try_from(host.as_str()).ok();
+                let holds =
+                    name.is_some_and(|name| end_entity.verify_is_valid_for_subject_name(&name).is_ok());
+                if holds {
+                    return Ok(());
+                }
+                Err(Refusal::NotExpected { found: names(&leaf), expected: host.clone() })
+            }
+            PeerRule::Named { any_of, .. } => expected(&leaf, any_of),
             PeerRule::Chain { any_of, pins } => {
                 if !any_of.is_empty() {
                     expected(&leaf, any_of)?;
@@ -248,6 +253,7 @@ impl From<Refusal> for rustls::Error {
             Refusal::Chain(Chain::CertNotValidYet { .. }) => CertificateError::NotValidYet,
             Refusal::Chain(Chain::CertRevoked) => CertificateError::Revoked,
             Refusal::Chain(Chain::UnknownIssuer) => CertificateError::UnknownIssuer,
+            Refusal::Chain(Chain::InvalidSignatureForPublicKey) => CertificateError::BadSignature,
             Refusal::Chain(
                 Chain::RequiredEkuNotFoundContext(_) | Chain::EmptyEkuExtension | Chain::CaUsedAsEndEntity,
             ) => CertificateError::InvalidPurpose,
@@ -259,16 +265,39 @@ impl From<Refusal> for rustls::Error {
     }
 }
 
+/// The reason of a failed handshake in words for a log, where it is that of a certificate.
+pub(crate) fn in_words(error: io::Error) -> io::Error {
+    let Some(rustls::Error::InvalidCertificate(reason)) =
+        error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>())
+    else {
+        return error;
+    };
+    let words = match reason {
+        CertificateError::Other(OtherError(refusal)) => refusal.to_string(),
+        CertificateError::Expired => "the certificate has expired".to_owned(),
+        CertificateError::NotValidYet => "the certificate is not valid yet".to_owned(),
+        CertificateError::Revoked => "the certificate was revoked".to_owned(),
+        CertificateError::UnknownIssuer => {
+            "the certificate is not of an authority that is trusted".to_owned()
+        }
+        CertificateError::BadSignature => "a signature does not hold".to_owned(),
+        CertificateError::InvalidPurpose => "the certificate is not for this side of a connection".to_owned(),
+        CertificateError::BadEncoding => "the certificate cannot be read".to_owned(),
+        other => other.to_string(),
+    };
+    io::Error::new(error.kind(), words)
+}
+
 impl ServerCertVerifier for PeerVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
+        _: &ServerName<'_>,
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.judge(end_entity, intermediates, now, KeyUsage::server_auth(), Some(server_name))?;
+        self.judge(end_entity, intermediates, now, KeyUsage::server_auth())?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -311,7 +340,7 @@ impl ClientCertVerifier for PeerVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        self.judge(end_entity, intermediates, now, KeyUsage::client_auth(), None)?;
+        self.judge(end_entity, intermediates, now, KeyUsage::client_auth())?;
         Ok(ClientCertVerified::assertion())
     }
 
