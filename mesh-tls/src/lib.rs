@@ -11,6 +11,7 @@ pub mod connector;
 mod inbound;
 #[cfg(feature = "istio")]
 mod istio;
+pub mod rotate;
 pub mod source;
 pub mod verifier;
 

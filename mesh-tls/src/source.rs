@@ -5,6 +5,9 @@
 //! needs it. So a rotation rebuilds no configuration of rustls, new connections have the new certificate, and old ones
 //! live on. There is no session to resume, so nothing verified under an old bundle is believed under a new one.
 
+#[cfg(feature = "files")]
+mod files;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -19,6 +22,9 @@ use tokio::sync::watch;
 
 use crate::bundle::{InvalidBundle, TrustBundle};
 use crate::certificate::Leaf;
+
+#[cfg(feature = "files")]
+pub use self::files::{FilesError, Following, IdentityFiles};
 
 /// A certificate of our own with its key.
 #[derive(Clone, Debug)]

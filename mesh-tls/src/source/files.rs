@@ -1,0 +1,143 @@
+//! Certificates from files, which somebody else renews: cert-manager, an agent, Kubernetes' mounted secrets.
+//!
+//! What stands on disk is one unit: a certificate without its key, or with that of another, is not taken, and what was
+//! taken before stays. So a rotation may write its files one after the other, or swap Kubernetes' `..data`.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mesh_core::istio::SourceFile;
+use mesh_core::watch::{Watcher, read};
+use rustls::crypto::CryptoProvider;
+
+use super::{Identity, InvalidIdentity, Material, Materials};
+use crate::bundle::TrustBundle;
+
+/// The names that files of an identity have: certificate, key, authorities.
+const NAMES: [[&str; 3]; 2] =
+    [["cert-chain.pem", "key.pem", "root-cert.pem"], ["tls.crt", "tls.key", "ca.crt"]];
+
+/// Revoked certificates beside them, where there are any.
+const REVOKED: [&str; 2] = ["ca.crl", "crl.pem"];
+
+/// Where the files are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IdentityFiles {
+    /// Our certificate with its intermediate ones; `None` when we show none.
+    pub certificate: Option<PathBuf>,
+    /// Its key.
+    pub key: Option<PathBuf>,
+    /// The authorities that are believed.
+    pub roots: Option<PathBuf>,
+    /// What they revoked.
+    pub revoked: Option<PathBuf>,
+}
+
+/// Why files are not taken.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FilesError {
+    /// A file cannot be read.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// A directory has no files of known names.
+    #[error("{}: there is neither cert-chain.pem, key.pem and root-cert.pem nor tls.crt, tls.key and ca.crt", .0.display())]
+    NoFiles(PathBuf),
+    /// What is in a file is not sound.
+    #[error("{}: {reason}", .path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: InvalidIdentity,
+    },
+    /// There is a certificate without a key, or the other way around.
+    #[error("a certificate needs its key, and a key its certificate")]
+    Half,
+}
+
+impl IdentityFiles {
+    /// The files of a directory, by the names that Istio (`cert-chain.pem`, `key.pem`, `root-cert.pem`) or Kubernetes
+    /// (`tls.crt`, `tls.key`, `ca.crt`) gives them; and `ca.crl` or `crl.pem`, where there is one.
+    ///
+    /// # Errors
+    /// When there are none of either names.
+    pub fn in_dir(dir: &Path) -> Result<Self, FilesError> {
+        let found = NAMES.iter().find(|names| names.iter().all(|name| dir.join(name).exists()));
+        let Some([certificate, key, roots]) = found else {
+            return Err(FilesError::NoFiles(dir.to_owned()));
+        };
+        Ok(Self {
+            certificate: Some(dir.join(certificate)),
+            key: Some(dir.join(key)),
+            roots: Some(dir.join(roots)),
+            revoked: REVOKED.iter().map(|name| dir.join(name)).find(|path| path.exists()),
+        })
+    }
+
+    /// Reads what is there, and goes on from it with [`Following::run`].
+    ///
+    /// # Errors
+    /// When a file cannot be read, or what is in them does not go together.
+    pub fn open(self, provider: Arc<CryptoProvider>) -> Result<(Material, Following), FilesError> {
+        let read = read(&self.paths())?;
+        let material = self.material(&read, &provider)?;
+        Ok((material, Following { files: self, read, provider }))
+    }
+
+    fn paths(&self) -> Vec<PathBuf> {
+        [&self.certificate, &self.key, &self.roots, &self.revoked].into_iter().flatten().cloned().collect()
+    }
+
+    fn material(&self, files: &[SourceFile], provider: &CryptoProvider) -> Result<Material, FilesError> {
+        let text = |path: &Option<PathBuf>| {
+            let path = path.as_ref()?;
+            let name = path.display().to_string();
+            let file = files.iter().find(|file| *file.name == *name);
+            Some((path.clone(), file.map_or(&[][..], |file| file.text.as_slice())))
+        };
+        let content = |path: PathBuf, reason: InvalidIdentity| FilesError::Content { path, reason };
+        let identity = match (text(&self.certificate), text(&self.key)) {
+            (None, None) => None,
+            (Some((path, chain)), Some((_, key))) => {
+                Some(Identity::from_pem(chain, key, provider).map_err(|reason| content(path, reason))?)
+            }
+            _ => return Err(FilesError::Half),
+        };
+        let mut bundle = match text(&self.roots) {
+            None => TrustBundle::default(),
+            Some((path, pem)) => TrustBundle::from_pem(pem).map_err(|reason| content(path, reason.into()))?,
+        };
+        if let Some((path, pem)) = text(&self.revoked) {
+            bundle = bundle.with_crl_pem(pem).map_err(|reason| content(path, reason.into()))?;
+        }
+        Ok(Material { identity, bundle: Arc::new(bundle) })
+    }
+}
+
+/// Files of which a content was taken.
+#[derive(Debug)]
+pub struct Following {
+    files: IdentityFiles,
+    read: Vec<SourceFile>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl Following {
+    /// Stores what the files have whenever it is not what was taken before, for ever. What does not go together is
+    /// logged, and what was stored before stays.
+    pub async fn run(self, materials: Materials) {
+        let mut watcher = Watcher::new(self.files.paths(), &self.read);
+        loop {
+            match self.files.material(&watcher.next().await, &self.provider) {
+                Ok(material) => {
+                    let until = material.identity.as_ref().map(Identity::not_after);
+                    tracing::info!(?until, "certificates renewed from files");
+                    materials.store(material);
+                }
+                Err(error) => tracing::error!("certificates are not taken, those in force stay: {error}"),
+            }
+        }
+    }
+}
