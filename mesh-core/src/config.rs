@@ -71,6 +71,19 @@ pub struct CompileContext {
     pub trust_domain: String,
     /// The namespace whose selector-less policies hold for the whole mesh. Default `istio-system`.
     pub root_namespace: String,
+    /// What the stack can do about the security of transports. Default nothing.
+    pub transport: Transport,
+}
+
+/// What a stack can do about the security of transports, so that what it cannot is reported and not pretended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Transport {
+    /// Whether it can originate TLS.
+    pub originates: bool,
+    /// Whether it can terminate TLS.
+    pub terminates: bool,
+    /// Whether the workload has an identity of the mesh.
+    pub has_identity: bool,
 }
 
 /// The workload that a proxy or an embedded stack stands for.
@@ -128,6 +141,7 @@ impl CompileContext {
             cluster_domain: "cluster.local".to_owned(),
             trust_domain: "cluster.local".to_owned(),
             root_namespace: "istio-system".to_owned(),
+            transport: Transport::default(),
         }
     }
 }

@@ -19,8 +19,10 @@ const INTERNAL: [&str; 2] = ["x-envoy-", "x-istio-attributes"];
 
 /// Makes the headers of a request say what the edge knows.
 ///
-/// * Always: `x-forwarded-client-cert` goes, since nothing here verified a certificate; `x-request-id` is made when it
-///   is absent (`id` is the text of a UUID); `x-forwarded-proto` is set when it is absent.
+/// * `x-forwarded-client-cert` says whose certificate was verified on this connection (PA-04): at a gateway in the place
+///   of whatever the client says, for a workload behind what its peer in the mesh says. Where none was verified it goes.
+/// * Always: `x-request-id` is made when it is absent (`id` is the text of a UUID); `x-forwarded-proto` is set when it is
+///   absent.
 /// * At a gateway: what only the mesh may say goes, the peer is appended to `x-forwarded-for`, and the client's
 ///   address, `trusted_proxies` hops away, stands in `x-envoy-external-address`. Without trusted proxies
 ///   `x-forwarded-proto` is not believed either.
@@ -30,7 +32,7 @@ pub fn apply(
     trusted_proxies: u32,
     id: impl FnOnce() -> HeaderValue,
 ) {
-    headers.remove(CLIENT_CERT);
+    client_cert(headers, conn);
     let gateway = conn.direction == Direction::Gateway;
     if gateway {
         let is_internal = |name: &&HeaderName| INTERNAL.iter().any(|known| name.as_str().starts_with(known));
@@ -53,6 +55,20 @@ pub fn apply(
     }
     if !headers.contains_key(REQUEST_ID) {
         headers.insert(REQUEST_ID, id());
+    }
+}
+
+fn client_cert(headers: &mut HeaderMap, conn: &ConnInfo) {
+    let Some(peer) = &conn.identity else {
+        headers.remove(CLIENT_CERT);
+        return;
+    };
+    // Only who is of the mesh is believed what it says of those before it.
+    if conn.direction != Direction::Inbound || peer.spiffe_id.is_none() {
+        headers.remove(CLIENT_CERT);
+    }
+    if let Some(element) = &peer.forwarded {
+        headers.append(CLIENT_CERT, element.clone());
     }
 }
 
@@ -108,6 +124,10 @@ fn append_peer(headers: &mut HeaderMap, conn: &ConnInfo) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use crate::identity::PeerInfo;
+
     use super::*;
 
     fn conn(direction: Direction) -> ConnInfo {
@@ -162,5 +182,28 @@ mod tests {
         );
         assert_eq!(applied(Direction::Gateway, 1, &said)[FORWARDED_PROTO], "https");
         assert!(!applied(Direction::Inbound, 0, &said).contains_key("x-forwarded-client-cert"));
+    }
+
+    #[test]
+    fn pa_04_a_verified_certificate_is_told_and_no_other() {
+        let mut peer = PeerInfo::new("spiffe://td/ns/a/sa/b".parse().ok(), std::time::SystemTime::UNIX_EPOCH);
+        peer.forwarded = Some(HeaderValue::from_static("Hash=ours"));
+        let known = Some(Arc::new(peer.clone()));
+        peer.spiffe_id = None;
+        let foreign = Some(Arc::new(peer));
+        for (direction, identity, told) in [
+            (Direction::Inbound, None, &[][..]),
+            (Direction::Gateway, None, &[]),
+            (Direction::Outbound, None, &[]),
+            (Direction::Inbound, known.clone(), &["Hash=said", "Hash=ours"]),
+            (Direction::Inbound, foreign, &["Hash=ours"]),
+            (Direction::Gateway, known, &["Hash=ours"]),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(CLIENT_CERT, HeaderValue::from_static("Hash=said"));
+            let conn = ConnInfo { identity, ..ConnInfo::unknown(direction) };
+            apply(&mut headers, &conn, 0, || HeaderValue::from_static("id"));
+            assert_eq!(headers.get_all(CLIENT_CERT).iter().collect::<Vec<_>>(), told, "{direction:?}");
+        }
     }
 }

@@ -10,6 +10,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use http::HeaderValue;
+
 /// The longest SPIFFE ID that is read or made (SPIFFE-ID §2.3).
 pub const MAX_SPIFFE_ID: usize = 2048;
 
@@ -229,6 +231,8 @@ pub struct PeerInfo {
     pub not_after: SystemTime,
     /// Its certificates in DER, its own first, as it sent them.
     pub chain: Arc<[Vec<u8>]>,
+    /// What the next hop is told of it: an element of `x-forwarded-client-cert`. `None` tells nothing.
+    pub forwarded: Option<HeaderValue>,
 }
 
 impl PeerInfo {
@@ -244,6 +248,7 @@ impl PeerInfo {
             serial: Vec::new(),
             not_after,
             chain: Arc::from([]),
+            forwarded: None,
         }
     }
 

@@ -37,6 +37,8 @@ pub struct Service {
     pub alias_of: Option<Arc<str>>,
     /// Whether it is outside the mesh.
     pub external: bool,
+    /// The names that its servers may have in their certificates; empty when nothing is said.
+    pub subject_alt_names: Vec<String>,
 }
 
 /// A port of a service.

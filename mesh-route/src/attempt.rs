@@ -321,11 +321,11 @@ impl<'a> Attempt<'a> {
         let original = self.cx.conn().original_dst;
         let endpoint = match (&spec.discovery, spec.balancer) {
             (Discovery::OriginalDst, _) | (_, BalancerKind::Passthrough) => {
-                original.map(|addr| self.runtime.endpoint(addr))
+                original.map(|addr| self.runtime.endpoint(addr, &spec.tls))
             }
             (Discovery::OriginalDstPort(port), _) => original.map(|mut addr| {
                 addr.set_port(*port);
-                self.runtime.endpoint(addr)
+                self.runtime.endpoint(addr, &spec.tls)
             }),
             _ => {
                 let choice = Choice {

@@ -203,13 +203,22 @@ pub struct EndpointSpec {
     pub labels: Arc<[(String, String)]>,
     /// 0, the default, is the first choice; higher ones take what lower ones cannot.
     pub priority: u32,
+    /// Whether it shows an identity of the mesh, for clusters that are secured where one is shown. Default no.
+    pub has_identity: bool,
 }
 
 impl EndpointSpec {
     /// An endpoint of weight 1 and priority 0, without locality and labels.
     #[must_use]
     pub fn new(addr: SocketAddr) -> Self {
-        Self { addr, weight: 1, locality: Arc::from(""), labels: Arc::from([]), priority: 0 }
+        Self {
+            addr,
+            weight: 1,
+            locality: Arc::from(""),
+            labels: Arc::from([]),
+            priority: 0,
+            has_identity: false,
+        }
     }
 }
 
@@ -228,6 +237,8 @@ pub struct DnsEndpoint {
     pub labels: Arc<[(String, String)]>,
     /// 0, the default, is the first choice; higher ones take what lower ones cannot.
     pub priority: u32,
+    /// Whether it shows an identity of the mesh. Default no.
+    pub has_identity: bool,
 }
 
 impl DnsEndpoint {
@@ -241,6 +252,7 @@ impl DnsEndpoint {
             locality: Arc::from(""),
             labels: Arc::from([]),
             priority: 0,
+            has_identity: false,
         }
     }
 }

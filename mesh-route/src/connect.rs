@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use http::StatusCode;
-use mesh_core::{ConnectTarget, Error, ErrorKind, Io, ResponseFlags, UpstreamTls};
+use mesh_core::{ConnectTarget, Error, ErrorKind, Io, ResponseFlags};
 use pin_project::pin_project;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -16,53 +16,59 @@ use tokio::time::timeout;
 use crate::cluster::{PoolSettings, TcpKeepalive};
 use crate::shard::Shard;
 
-/// A stream to an endpoint, and our end of it.
-pub(crate) struct Connected {
-    pub(crate) stream: TcpStream,
-    pub(crate) local: Option<SocketAddr>,
-}
-
-/// The transport of a pooled connection: TCP as it is, or what a connector made.
+/// The transport to an endpoint: TCP as it is, or what a connector made of it, or in its place.
 #[pin_project(project = StreamProjection)]
 pub(crate) enum Stream {
     Tcp(#[pin] TcpStream),
     Made(#[pin] Box<dyn Io>),
 }
 
-/// Opens the transport of a pooled connection, by the connector of the shard or by TCP.
+/// Opens the transport to an endpoint, and says which is our end: by the connector of the shard, or by TCP and what
+/// secures it. All of it within the connect timeout.
 pub(crate) async fn open(
     shard: &Shard,
     target: &ConnectTarget,
     settings: &PoolSettings,
 ) -> Result<(Stream, Option<SocketAddr>), Error> {
-    let Some(connector) = shard.connector() else {
-        let Connected { stream, local } = connect(target, settings).await?;
+    if let Some(connector) = shard.connector() {
+        let made = within(settings, connector.connect(target)).await?;
+        return Ok((Stream::Made(made), None));
+    }
+    let Some(tls) = &target.tls else {
+        let stream = within(settings, TcpStream::connect(target.addr)).await?;
+        set_options(&stream, target, settings);
+        let local = stream.local_addr().ok();
         return Ok((Stream::Tcp(stream), local));
     };
-    let made = within(settings, connector.connect(target)).await?;
-    Ok((Stream::Made(made), None))
-}
-
-/// Connects within the connect timeout, without Nagle's delay.
-pub(crate) async fn connect(target: &ConnectTarget, settings: &PoolSettings) -> Result<Connected, Error> {
-    if target.tls != UpstreamTls::Disable {
-        return Err(failure(
+    // Never in plaintext instead.
+    let originator = shard.originator().ok_or_else(|| {
+        failure(
             ErrorKind::ConnectFailure,
             "local_connection_failure",
             "TLS is demanded and cannot be originated",
-        ));
-    }
-    let stream = within(settings, TcpStream::connect(target.addr)).await?;
+        )
+    })?;
+    let mut local = None;
+    let secured = async {
+        let stream = TcpStream::connect(target.addr).await?;
+        set_options(&stream, target, settings);
+        local = stream.local_addr().ok();
+        originator.originate(stream, tls, target.spoken).await
+    };
+    let stream = within(settings, secured).await?;
+    Ok((Stream::Made(stream), local))
+}
+
+/// No delay by Nagle's algorithm, and the keep-alive that is asked for.
+fn set_options(stream: &TcpStream, target: &ConnectTarget, settings: &PoolSettings) {
     let options = stream.set_nodelay(true).and_then(|()| match settings.tcp_keepalive {
-        Some(keepalive) => set_keepalive(&stream, keepalive),
+        Some(keepalive) => set_keepalive(stream, keepalive),
         None => Ok(()),
     });
     if let Err(error) = options {
         // The peer may be gone already; the first write will say so.
         tracing::debug!(addr = %target.addr, %error, "cannot set socket options");
     }
-    let local = stream.local_addr().ok();
-    Ok(Connected { stream, local })
 }
 
 async fn within<T>(

@@ -143,6 +143,7 @@ async fn keep_resolving(
                 locality: Arc::clone(&name.locality),
                 labels: Arc::clone(&name.labels),
                 priority: name.priority,
+                has_identity: name.has_identity,
             })
         }));
         drop(cluster);

@@ -9,17 +9,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use mesh_core::{ClientTls, ConnectTarget, Spoken};
+
 use crate::balance::peak_ewma::PeakEwma;
 use crate::outlier::Counters;
 
 /// Turns of a weighted round robin that are laid out in advance; a set that needs more draws by weight.
 const MAX_TURNS: u64 = 4096;
 
-/// One address of a cluster.
+/// One address of a cluster, and how the transport to it is secured. The same address secured otherwise is another
+/// endpoint: it has connections of its own, and nothing of the one is sent over those of the other.
 #[derive(Debug)]
 pub struct Endpoint {
     id: u64,
     addr: SocketAddr,
+    tls: Option<Arc<ClientTls>>,
     in_flight: AtomicU32,
     connections: AtomicU32,
     requests: AtomicU64,
@@ -32,7 +36,12 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
+    #[cfg(test)]
     pub(crate) fn new(addr: SocketAddr) -> Self {
+        Self::secured(addr, None)
+    }
+
+    pub(crate) fn secured(addr: SocketAddr, tls: Option<Arc<ClientTls>>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let since = mesh_core::clock::now();
         Self {
@@ -40,6 +49,7 @@ impl Endpoint {
             since,
             latency: PeakEwma::new(since),
             addr,
+            tls,
             in_flight: AtomicU32::new(0),
             connections: AtomicU32::new(0),
             requests: AtomicU64::new(0),
@@ -59,6 +69,17 @@ impl Endpoint {
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// How the transport to it is secured; `None` is plaintext.
+    #[must_use]
+    pub fn tls(&self) -> Option<&Arc<ClientTls>> {
+        self.tls.as_ref()
+    }
+
+    /// Where a connection to it goes.
+    pub(crate) fn target(&self, spoken: Spoken) -> ConnectTarget {
+        ConnectTarget { addr: self.addr, tls: self.tls.clone(), spoken }
     }
 
     /// Requests whose response has not ended.

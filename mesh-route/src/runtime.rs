@@ -2,7 +2,7 @@
 //!
 //! [`Clusters`] is shared by the whole process, so that limits hold per process and not per worker. Runtimes are keyed
 //! by cluster name. [`Clusters::reconcile`] attaches the clusters of a new generation before it is published: a name
-//! that is known keeps its runtime, and within it an address keeps its endpoint. Runtimes go with their last holder.
+//! that is known keeps its runtime, and within it an address that is secured alike keeps its endpoint. Runtimes go with their last holder.
 //!
 //! Endpoints from configuration belong to the generation that lists them, so that no request mixes generations. Those
 //! of the resolver change by themselves.
@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
-use mesh_core::ClusterName;
+use mesh_core::{ClientTls, ClusterName, UpstreamTls};
 use tokio::sync::Notify;
 
 use crate::balance::Tables;
@@ -31,12 +31,17 @@ pub struct Clusters {
     tables: Tables,
 }
 
+/// The endpoints that somebody holds, by address and how it is secured.
+type Known = HashMap<(SocketAddr, Option<Arc<ClientTls>>), Weak<Endpoint>>;
+
 /// The state of one cluster that no configuration defines.
 pub struct ClusterRuntime {
     id: u64,
     name: ClusterName,
     resolved: ArcSwap<EndpointSet>,
-    known: Mutex<HashMap<SocketAddr, Weak<Endpoint>>>,
+    known: Mutex<Known>,
+    /// How endpoints are secured, and those that the resolver found last.
+    found: Mutex<(UpstreamTls, Vec<EndpointSpec>)>,
     /// The clusters of living generations, whose balancers follow what happens here.
     attached: Mutex<Vec<Weak<Cluster>>>,
     tables: Tables,
@@ -84,9 +89,12 @@ impl Clusters {
             }
             let listed = match &cluster.spec().discovery {
                 Discovery::Static(endpoints) => {
-                    Some(Arc::new(runtime.endpoint_set(endpoints.iter().cloned())))
+                    Some(Arc::new(runtime.endpoint_set(&cluster.spec().tls, endpoints.iter().cloned())))
                 }
-                _ => None,
+                _ => {
+                    runtime.secure(&cluster.spec().tls);
+                    None
+                }
             };
             cluster.attach(Arc::clone(&runtime), listed, &self.tables);
             runtime.follow(cluster);
@@ -112,6 +120,7 @@ impl ClusterRuntime {
             name,
             resolved: ArcSwap::default(),
             known: Mutex::default(),
+            found: Mutex::default(),
             attached: Mutex::default(),
             tables,
             holders: AtomicU32::new(0),
@@ -150,8 +159,29 @@ impl ClusterRuntime {
 
     /// Replaces the endpoints that the resolver found. An address that stays keeps its endpoint.
     pub fn set_resolved(&self, endpoints: impl IntoIterator<Item = EndpointSpec>) {
-        self.resolved.store(Arc::new(self.endpoint_set(endpoints)));
+        let mut found = self.found();
+        found.1 = endpoints.into_iter().collect();
+        self.resolved.store(Arc::new(self.endpoint_set(&found.0, found.1.iter().cloned())));
+        drop(found);
         self.tell(|cluster| cluster.endpoints_changed(&self.tables));
+    }
+
+    /// Secures the endpoints that the resolver finds, and has found, like this.
+    fn secure(&self, tls: &UpstreamTls) {
+        let mut found = self.found();
+        if found.0 == *tls {
+            return;
+        }
+        found.0 = tls.clone();
+        if !found.1.is_empty() {
+            self.resolved.store(Arc::new(self.endpoint_set(&found.0, found.1.iter().cloned())));
+            drop(found);
+            self.tell(|cluster| cluster.endpoints_changed(&self.tables));
+        }
+    }
+
+    fn found(&self) -> MutexGuard<'_, (UpstreamTls, Vec<EndpointSpec>)> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Endpoints were ejected or have returned: who changed that has the clusters pick from others.
@@ -187,15 +217,16 @@ impl ClusterRuntime {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The endpoint of an address, for destinations that come with the request.
+    /// The endpoint of an address, for destinations that come with the request. Who it is nobody knows, so it is secured
+    /// only where every endpoint is.
     #[must_use]
-    pub fn endpoint(&self, addr: SocketAddr) -> Arc<Endpoint> {
+    pub fn endpoint(&self, addr: SocketAddr, tls: &UpstreamTls) -> Arc<Endpoint> {
         let mut known = self.known();
         // Addresses come with requests, so those that are gone are forgotten now and then.
         if known.len() >= 64 && known.len().is_power_of_two() {
             known.retain(|_, endpoint| endpoint.strong_count() > 0);
         }
-        let endpoint = Self::keep(&mut known, addr);
+        let endpoint = Self::keep(&mut known, addr, tls.for_endpoint(false));
         endpoint.set_retired(false);
         endpoint
     }
@@ -330,7 +361,8 @@ impl ClusterRuntime {
     }
 
     fn returned(&self, addr: SocketAddr) {
-        if let Some(endpoint) = self.known().get(&addr).and_then(Weak::upgrade) {
+        let known: Vec<_> = self.known().values().filter_map(Weak::upgrade).collect();
+        for endpoint in known.iter().filter(|endpoint| endpoint.addr() == addr) {
             endpoint.failures().clear();
             endpoint.set_ejected(false);
         }
@@ -345,7 +377,7 @@ impl ClusterRuntime {
         self.detector.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<SocketAddr, Weak<Endpoint>>> {
+    fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -367,10 +399,14 @@ impl ClusterRuntime {
         }
     }
 
-    fn endpoint_set(&self, endpoints: impl IntoIterator<Item = EndpointSpec>) -> EndpointSet {
+    fn endpoint_set(
+        &self,
+        tls: &UpstreamTls,
+        endpoints: impl IntoIterator<Item = EndpointSpec>,
+    ) -> EndpointSet {
         let mut known = self.known();
         let set = EndpointSet::of(endpoints.into_iter().map(|spec| Member {
-            endpoint: Self::keep(&mut known, spec.addr),
+            endpoint: Self::keep(&mut known, spec.addr, tls.for_endpoint(spec.has_identity)),
             weight: spec.weight,
             priority: spec.priority,
             locality: spec.locality,
@@ -384,12 +420,13 @@ impl ClusterRuntime {
         set
     }
 
-    fn keep(known: &mut HashMap<SocketAddr, Weak<Endpoint>>, addr: SocketAddr) -> Arc<Endpoint> {
-        if let Some(endpoint) = known.get(&addr).and_then(Weak::upgrade) {
+    fn keep(known: &mut Known, addr: SocketAddr, tls: Option<&Arc<ClientTls>>) -> Arc<Endpoint> {
+        let key = (addr, tls.cloned());
+        if let Some(endpoint) = known.get(&key).and_then(Weak::upgrade) {
             return endpoint;
         }
-        let endpoint = Arc::new(Endpoint::new(addr));
-        known.insert(addr, Arc::downgrade(&endpoint));
+        let endpoint = Arc::new(Endpoint::secured(addr, tls.cloned()));
+        known.insert(key, Arc::downgrade(&endpoint));
         endpoint
     }
 }
@@ -474,7 +511,7 @@ mod tests {
         clusters.reconcile(std::slice::from_ref(&cluster));
         let runtime = cluster.runtime().unwrap();
         for port in 1..=10_000 {
-            drop(runtime.endpoint(([10, 0, 0, 1], port).into()));
+            drop(runtime.endpoint(([10, 0, 0, 1], port).into(), &UpstreamTls::Disable));
         }
         assert!(runtime.known.lock().unwrap().len() <= 64);
     }

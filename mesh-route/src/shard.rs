@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use mesh_core::Connect;
+use mesh_core::{Connect, Originate};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 
@@ -26,6 +26,7 @@ const SWEEP: Duration = Duration::from_secs(1);
 pub struct Shard {
     inner: Mutex<Inner>,
     connector: Option<Arc<dyn Connect>>,
+    originator: Option<Arc<dyn Originate>>,
 }
 
 #[derive(Debug)]
@@ -47,19 +48,31 @@ impl Shard {
     /// A shard whose random numbers start from `seed`, so that its choices can be replayed.
     #[must_use]
     pub fn seeded(seed: u64) -> Arc<Self> {
-        Self::make(seed, None)
+        Self::make(seed, None, None)
     }
 
     /// A shard whose connections are made by `connector` in the place of TCP, whatever the cluster demands of their
     /// security.
     #[must_use]
     pub fn connecting_by(seed: u64, connector: Arc<dyn Connect>) -> Arc<Self> {
-        Self::make(seed, Some(connector))
+        Self::make(seed, Some(connector), None)
     }
 
-    fn make(seed: u64, connector: Option<Arc<dyn Connect>>) -> Arc<Self> {
+    /// A shard whose connections are made by TCP and, where an endpoint asks for it, secured by `originator`. Without
+    /// one, connections to such endpoints fail.
+    #[must_use]
+    pub fn securing_by(seed: u64, originator: Arc<dyn Originate>) -> Arc<Self> {
+        Self::make(seed, None, Some(originator))
+    }
+
+    fn make(
+        seed: u64,
+        connector: Option<Arc<dyn Connect>>,
+        originator: Option<Arc<dyn Originate>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             connector,
+            originator,
             inner: Mutex::new(Inner {
                 rng: SmallRng::seed_from_u64(seed),
                 h1: HashMap::default(),
@@ -72,6 +85,10 @@ impl Shard {
 
     pub(crate) fn connector(&self) -> Option<&Arc<dyn Connect>> {
         self.connector.as_ref()
+    }
+
+    pub(crate) fn originator(&self) -> Option<&Arc<dyn Originate>> {
+        self.originator.as_ref()
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {

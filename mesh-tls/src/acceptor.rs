@@ -28,6 +28,7 @@ use crate::certificate::peer_info;
 use crate::inbound::InboundTls;
 use crate::source::Materials;
 use crate::verifier::{PeerRule, PeerVerifier, in_words};
+use crate::xfcc;
 
 /// Shakes hands as a server. Cloning shares it.
 ///
@@ -51,6 +52,7 @@ use crate::verifier::{PeerRule, PeerVerifier, in_words};
 pub struct Acceptor {
     tls: TlsAcceptor,
     provider: Arc<CryptoProvider>,
+    own: Option<Materials>,
 }
 
 /// A connection after its handshake.
@@ -78,9 +80,9 @@ impl Acceptor {
         let mut config = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()?
             .with_client_cert_verifier(Arc::new(verifier))
-            .with_cert_resolver(Arc::new(Ours(materials)));
+            .with_cert_resolver(Arc::new(Ours(materials.clone())));
         config.alpn_protocols = alpn::SERVER.iter().map(|name| name.to_vec()).collect();
-        Ok(Self::of(config, provider))
+        Ok(Self { own: Some(materials), ..Self::of(config, provider) })
     }
 
     /// Any configuration of rustls, without sessions that could be resumed.
@@ -89,7 +91,7 @@ impl Acceptor {
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.max_early_data_size = 0;
-        Self { tls: TlsAcceptor::from(Arc::new(config)), provider }
+        Self { tls: TlsAcceptor::from(Arc::new(config)), provider, own: None }
     }
 
     /// Shakes hands. The time that it may take is the caller's to bound.
@@ -105,8 +107,12 @@ impl Acceptor {
         let peer = match connection.peer_certificates() {
             None | Some([]) => None,
             Some(chain) => {
-                let info = peer_info(chain, &self.provider);
-                Some(Arc::new(info.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?))
+                let mut info = peer_info(chain, &self.provider)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                let material = self.own.as_ref().map(Materials::load);
+                let own = material.as_ref().and_then(|material| material.identity.as_ref()?.spiffe_id());
+                info.forwarded = xfcc::element(own, &info);
+                Some(Arc::new(info))
             }
         };
         let protocol = connection.alpn_protocol().and_then(alpn::http);

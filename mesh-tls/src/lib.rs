@@ -14,6 +14,7 @@ mod istio;
 pub mod rotate;
 pub mod source;
 pub mod verifier;
+pub mod xfcc;
 
 pub use acceptor::{Acceptor, Inbound, Secured};
 pub use bundle::{InvalidBundle, TrustBundle};

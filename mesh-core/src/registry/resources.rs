@@ -126,6 +126,7 @@ impl Resources<'_> {
             export_to,
             alias_of: external.then(|| spec.external_name.to_ascii_lowercase().into()),
             external,
+            subject_alt_names: Vec::new(),
         }
     }
 
@@ -173,6 +174,7 @@ impl Resources<'_> {
                 export_to: self.export_to(&spec.export_to),
                 alias_of: None,
                 external: spec.location == Location::MeshExternal,
+                subject_alt_names: spec.subject_alt_names.clone(),
             }
         });
         services.collect()

@@ -11,7 +11,7 @@ use mesh_core::registry::{Instance, Resolution, Service, ServicePort};
 use mesh_core::{ClusterName, Direction};
 
 use super::mesh::Mesh;
-use super::{load_balancer, policy};
+use super::{load_balancer, policy, tls};
 use crate::balance::locality::ClientLocality;
 use crate::cluster::{Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, UpstreamProtocol};
 
@@ -85,6 +85,7 @@ impl<'m> Clusters<'m> {
         let effective =
             self.mesh.policy(rule.as_ref(), subset.map(|subset| subset.name.as_str()), port.number);
         policy::apply(&effective, self.mesh, port, &mut spec);
+        spec.tls = tls::upstream(&effective, self.mesh, service, port, subset.map(|subset| &*subset.name));
         let spec = load_balancer::apply(&effective, rule.as_ref(), self.mesh, &self.client, spec);
         Some(self.keep(spec))
     }
@@ -136,6 +137,7 @@ fn discovery(service: &Service, port: &ServicePort, subset: Option<&Subset>) -> 
         weight: instance.weight,
         locality: Arc::clone(&instance.locality),
         labels: labels(instance),
+        has_identity: has_identity(instance),
         ..DnsEndpoint::new(Arc::clone(&instance.address), instance.port(port))
     };
     if let Some(alias) = &service.alias_of {
@@ -152,6 +154,7 @@ fn discovery(service: &Service, port: &ServicePort, subset: Option<&Subset>) -> 
                         weight: instance.weight,
                         locality: Arc::clone(&instance.locality),
                         labels: labels(instance),
+                        has_identity: has_identity(instance),
                         ..EndpointSpec::new(SocketAddr::new(address, instance.port(port)))
                     })
                 })
@@ -162,5 +165,17 @@ fn discovery(service: &Service, port: &ServicePort, subset: Option<&Subset>) -> 
             Some(first) => Discovery::LogicalDns(dns(first)),
             None => Discovery::Static(Vec::new()),
         },
+    }
+}
+
+/// What an endpoint says of the transport to it.
+const TLS_MODE_LABEL: &str = "security.istio.io/tlsMode";
+
+/// Whether an endpoint shows an identity of the mesh: its label says so, or there is no such label and it has a service
+/// account (DR-TLS03).
+fn has_identity(instance: &Instance) -> bool {
+    match instance.labels.get(TLS_MODE_LABEL) {
+        Some(mode) => mode == "istio",
+        None => !instance.service_account.is_empty(),
     }
 }

@@ -1,11 +1,12 @@
 //! Which fields this crate gives meaning to. What is missing here is reported as not enforced, so a field joins the
 //! list in the change that enforces it.
 
+use mesh_core::config::CompileContext;
 use mesh_core::diagnostics::Diagnostics;
-use mesh_core::istio::ResourceSet;
-use mesh_core::istio::types::destination_rule::ClientTlsMode;
+use mesh_core::istio::types::destination_rule::{ClientTlsMode, ClientTlsSettings, DestinationRule};
 use mesh_core::istio::types::gateway::Server;
 use mesh_core::istio::types::service_entry::Resolution;
+use mesh_core::istio::{Resource, ResourceSet};
 
 use super::annotations;
 
@@ -125,7 +126,7 @@ pub(super) fn honour_l4(set: &ResourceSet, diags: &mut Diagnostics) {
     }
 }
 
-pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
+pub(super) fn honour(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) {
     for path in MESH {
         diags.honour_mesh(path);
     }
@@ -171,7 +172,7 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
                 diags.honour(resource.doc, &format!("{policy}.{field}"));
             }
         }
-        honour_disabled_tls(resource, diags);
+        honour_tls(resource, cx, diags);
     }
     for resource in set.service_entries() {
         diags.honour_all(
@@ -190,6 +191,9 @@ pub(super) fn honour(set: &ResourceSet, diags: &mut Diagnostics) {
                 "spec.exportTo",
             ],
         );
+        if cx.transport.originates {
+            diags.honour(resource.doc, "spec.subjectAltNames");
+        }
         if resource.spec.resolution != Resolution::DynamicDns {
             diags.honour(resource.doc, "spec.resolution");
         }
@@ -252,27 +256,29 @@ fn honour_redirect(server: &Server, doc: mesh_core::diagnostics::DocId, at: usiz
     }
 }
 
-/// Plaintext is what there is; every other mode is reported, and refused at run time.
-fn honour_disabled_tls(
-    resource: &mesh_core::istio::Resource<mesh_core::istio::types::destination_rule::DestinationRule>,
-    diags: &mut Diagnostics,
-) {
+/// Plaintext is honoured by whoever does nothing; every other mode by a stack that can originate TLS, and the mesh's own
+/// by one that has an identity too. The rest is reported, and refused at run time.
+fn honour_tls(resource: &Resource<DestinationRule>, cx: &CompileContext, diags: &mut Diagnostics) {
     let mut policies = vec![("spec.trafficPolicy".to_owned(), resource.spec.traffic_policy.as_deref())];
     policies.extend(
         resource.spec.subsets.iter().enumerate().map(|(at, subset)| {
             (format!("spec.subsets[{at}].trafficPolicy"), subset.traffic_policy.as_deref())
         }),
     );
+    let honoured = |tls: &Option<ClientTlsSettings>| {
+        tls.as_ref().is_some_and(|tls| match tls.mode {
+            ClientTlsMode::Disable => true,
+            ClientTlsMode::Simple | ClientTlsMode::Mutual => cx.transport.originates,
+            ClientTlsMode::IstioMutual => cx.transport.originates && cx.transport.has_identity,
+        })
+    };
     for (path, policy) in policies {
         let Some(policy) = policy else { continue };
-        let disabled = |tls: &Option<mesh_core::istio::types::destination_rule::ClientTlsSettings>| {
-            tls.as_ref().is_some_and(|tls| tls.mode == ClientTlsMode::Disable)
-        };
-        if disabled(&policy.tls) {
+        if honoured(&policy.tls) {
             diags.honour(resource.doc, &format!("{path}.tls"));
         }
         for (at, port) in policy.port_level_settings.iter().enumerate() {
-            if disabled(&port.tls) {
+            if honoured(&port.tls) {
                 diags.honour(resource.doc, &format!("{path}.portLevelSettings[{at}].tls"));
             }
         }

@@ -20,6 +20,7 @@ mod mesh;
 mod outbound;
 mod policy;
 mod retry;
+mod tls;
 
 use mesh_core::Direction;
 use mesh_core::config::{Compile, CompileContext, Rejected, Role};
@@ -31,7 +32,7 @@ use crate::table::{KeyedBy, RouteTable};
 /// The outbound routes of a sidecar, or the routes of a gateway.
 impl Compile<ResourceSet> for RouteTable {
     fn compile(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) -> Result<Self, Rejected> {
-        honour::honour(set, diags);
+        honour::honour(set, cx, diags);
         fault::annotations(set, diags);
         load_balancer::check(set, diags);
         let mesh = mesh::Mesh::new(set, cx);

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use mesh_core::UpstreamTls;
 use mesh_core::config::Role;
 use mesh_core::istio::effective::destination_rule::EffectivePolicy;
-use mesh_core::istio::types::destination_rule::{self as istio, ClientTlsMode, H2UpgradePolicy};
+use mesh_core::istio::types::destination_rule::{self as istio, H2UpgradePolicy};
 use mesh_core::registry::{AppProtocol, ServicePort};
 
 use super::mesh::Mesh;
@@ -27,10 +26,6 @@ pub(super) fn apply(
     spec.outlier_detection = policy.outlier_detection.map(|settings| outlier_detection(settings, mesh));
     spec.retry_budget = policy.retry_budget.map(retry_budget);
     spec.protocol = protocol(policy, mesh, port.protocol);
-    spec.tls = match policy.tls.map(|tls| tls.mode) {
-        None | Some(ClientTlsMode::Disable) => UpstreamTls::Disable,
-        Some(_) => UpstreamTls::Unavailable,
-    };
 }
 
 fn protocol(policy: &EffectivePolicy<'_>, mesh: &Mesh<'_>, declared: AppProtocol) -> UpstreamProtocol {

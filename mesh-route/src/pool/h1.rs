@@ -8,7 +8,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1};
 use hyper_util::rt::TokioIo;
-use mesh_core::{Body, ConnectTarget, Error};
+use mesh_core::{Body, Error, Spoken};
 use tokio::sync::oneshot;
 
 use super::{ConnMeta, Slot, exchange_error, pending};
@@ -164,8 +164,7 @@ impl Lease {
         slot: Slot,
     ) -> Result<Self, Error> {
         let opened = Opened::new(shard, endpoint.id(), slot);
-        let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
-        let (stream, local) = open(shard, &target, &spec.pool).await?;
+        let (stream, local) = open(shard, &endpoint.target(Spoken::Http1), &spec.pool).await?;
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(BUFFER)
             .handshake(TokioIo::new(stream))

@@ -11,7 +11,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use mesh_core::{Body, ConnectTarget, Error};
+use mesh_core::{Body, Error, Spoken};
 use pin_project::pin_project;
 use tokio::sync::Notify;
 
@@ -184,8 +184,7 @@ impl Lease {
         endpoint: &Arc<Endpoint>,
         slot: Slot,
     ) -> Result<Self, Error> {
-        let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
-        let (stream, local) = open(shard, &target, &spec.pool).await?;
+        let (stream, local) = open(shard, &endpoint.target(Spoken::Http2), &spec.pool).await?;
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)

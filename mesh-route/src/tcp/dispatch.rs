@@ -16,14 +16,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mesh_core::server::{Expect, L4, L4Conn};
-use mesh_core::{ConnInfo, ConnectTarget, Pinned, ResponseFlags, Slot, UpstreamTls};
+use mesh_core::{ConnInfo, Pinned, ResponseFlags, Slot, Spoken};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::relay::{Limits, Meter, relay};
 use super::{TcpDestination, TcpRouteTable};
 use crate::balance::Choice;
 use crate::cluster::{BalancerKind, Cluster, Discovery, PoolSettings};
-use crate::connect::{Connected, connect};
+use crate::connect::open;
 use crate::endpoint::{Endpoint, InFlight};
 use crate::pool;
 use crate::runtime::ClusterRuntime;
@@ -71,7 +71,6 @@ pub struct TcpReport {
 /// An endpoint that was picked, and what its connection holds.
 struct Picked {
     endpoint: Arc<Endpoint>,
-    tls: UpstreamTls,
     settings: PoolSettings,
     _slot: pool::Slot,
     _in_flight: InFlight,
@@ -126,16 +125,16 @@ impl TcpDispatch {
         let mut cut = pin!(cut);
         let left = match picked {
             Ok(picked) => {
-                let target = ConnectTarget { addr: picked.endpoint.addr(), tls: picked.tls };
+                let target = picked.endpoint.target(Spoken::Bytes);
                 let connected = tokio::select! {
-                    connected = connect(&target, &picked.settings) => connected.map_err(|error| {
+                    connected = open(&self.shard, &target, &picked.settings) => connected.map_err(|error| {
                         report.transport_failure = std::error::Error::source(&error).map(ToString::to_string);
                         error.flags()
                     }),
                     () = cut.as_mut() => Err(super::relay::End::Cut.flags()),
                 };
                 match connected {
-                    Ok(Connected { stream, local }) => {
+                    Ok((stream, local)) => {
                         report.upstream_local = local;
                         let limits = Limits {
                             idle: picked.settings.tcp_idle_timeout,
@@ -190,13 +189,7 @@ impl TcpDispatch {
             runtime.overflows.fetch_add(1, Ordering::Relaxed);
             ResponseFlags::UPSTREAM_OVERFLOW
         })?;
-        Ok(Picked {
-            tls: cluster.spec().tls,
-            settings: settings.clone(),
-            _slot: slot,
-            _in_flight: endpoint.start_request(),
-            endpoint,
-        })
+        Ok(Picked { settings: settings.clone(), _slot: slot, _in_flight: endpoint.start_request(), endpoint })
     }
 
     fn endpoint(
@@ -210,12 +203,12 @@ impl TcpDispatch {
         let original = conn.original_dst;
         match (&spec.discovery, spec.balancer) {
             (Discovery::OriginalDst, _) | (_, BalancerKind::Passthrough) => {
-                original.map(|addr| runtime.endpoint(addr))
+                original.map(|addr| runtime.endpoint(addr, &spec.tls))
             }
             (Discovery::OriginalDstPort(port), _) => {
-                original.map(|addr| runtime.endpoint(SocketAddr::new(addr.ip(), *port)))
+                original.map(|addr| runtime.endpoint(SocketAddr::new(addr.ip(), *port), &spec.tls))
             }
-            _ if destination.keeps_address => original.map(|addr| runtime.endpoint(addr)),
+            _ if destination.keeps_address => original.map(|addr| runtime.endpoint(addr, &spec.tls)),
             _ => {
                 let hash = spec.hash_policy.as_ref().and_then(|policy| policy.hash_connection(conn));
                 self.shard.pick(cluster, runtime, &Choice { hash, ..Choice::default() })
