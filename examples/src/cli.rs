@@ -137,6 +137,11 @@ pub struct Common {
     #[arg(long, value_name = "K=V,...", value_parser = parse_labels)]
     pub labels: Option<Labels>,
 
+    /// The identity of this workload: cert-chain.pem, key.pem and root-cert.pem, or tls.crt, tls.key and ca.crt; watched
+    /// for renewal [default: no identity, and no mutual TLS]
+    #[arg(long, value_name = "DIR")]
+    pub identity_dir: Option<PathBuf>,
+
     /// The trust domain of this workload [default: MeshConfig trustDomain, else cluster.local]
     #[arg(long, value_name = "NAME")]
     pub trust_domain: Option<String>,

@@ -14,6 +14,9 @@ use mesh_core::{EdgeSettings, ListenerSet, Slot, Snapshots};
 use mesh_route::canary::Canaries;
 use mesh_route::discover::Discoverer;
 use mesh_route::{Clusters, RouteTable, TcpRouteTable};
+use mesh_tls::InboundTls;
+
+use crate::security::Security;
 
 /// Where configuration comes from.
 #[derive(Clone, Debug, Default)]
@@ -42,6 +45,9 @@ pub struct Control {
     pub listeners: Slot<ListenerSet>,
     /// How requests are normalised.
     pub edge: Slot<EdgeSettings>,
+    /// What the inbound ports accept.
+    pub inbound_tls: Slot<InboundTls>,
+    security: Security,
     status: Status,
 }
 
@@ -114,6 +120,7 @@ impl Control {
         lenient: bool,
         clusters: Clusters,
         discoverer: Discoverer,
+        security: Security,
     ) -> Self {
         let unknown = if lenient { UnknownFields::Lenient } else { UnknownFields::Strict };
         let options = LoadOptions::default()
@@ -124,6 +131,8 @@ impl Control {
         let tcp_routes = compiler.register::<TcpRouteTable>();
         let listeners = compiler.register::<ListenerSet>();
         let edge = compiler.register::<EdgeSettings>();
+        let inbound_tls = compiler.register::<InboundTls>();
+        let secured = security.clone();
         let (registry, table, tcp) = (clusters.clone(), routes.clone(), tcp_routes.clone());
         let canaries = Canaries::new();
         let rollouts = canaries.clone();
@@ -134,12 +143,26 @@ impl Control {
             let http = snapshot.get(&table).map(RouteTable::clusters);
             let tcp = snapshot.get(&tcp).map(TcpRouteTable::clusters);
             for clusters in [http, tcp].into_iter().flatten() {
+                secured.prepare(clusters);
                 registry.reconcile(clusters);
                 discoverer.follow(clusters);
             }
         });
         let status = Status::default();
-        Self { sources, options, compiler, clusters, canaries, routes, tcp_routes, listeners, edge, status }
+        Self {
+            sources,
+            options,
+            compiler,
+            clusters,
+            canaries,
+            routes,
+            tcp_routes,
+            listeners,
+            edge,
+            inbound_tls,
+            security,
+            status,
+        }
     }
 
     /// Where snapshots are published.
@@ -198,6 +221,9 @@ impl Control {
             status.not_enforced = not_enforced;
             status.since = Some(SystemTime::now());
             status.access_log_file.clone_from(&set.mesh_config().access_log_file);
+            let config = set.mesh_config();
+            let named = Some(&config.trust_domain).filter(|named| !named.is_empty());
+            self.security.set_trust_domains(named.into_iter().chain(&config.trust_domain_aliases).cloned());
         }
         outcome
     }

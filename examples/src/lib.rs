@@ -11,6 +11,7 @@ pub mod demo;
 mod explain;
 mod logging;
 mod run;
+pub mod security;
 
 pub use run::{gateway, sidecar};
 

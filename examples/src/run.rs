@@ -13,7 +13,7 @@ use mesh_core::config::{CompileContext, Role};
 use mesh_core::diagnostics::Severity;
 use mesh_core::istio::SourceFile;
 use mesh_core::server::{
-    BindError, DrainTimes, Drained, ListenerProtocol, ListenerSpec, Server, ServerLimits, serve_here,
+    BindError, DrainTimes, Drained, ListenerProtocol, ListenerSpec, Server, ServerLimits, WithTls, serve_here,
 };
 use mesh_core::{ClusterName, Direction, GatewayListener, Panics, Slot};
 use mesh_route::discover::{Discoverer, SystemResolver};
@@ -29,6 +29,7 @@ use crate::admin::{Admin, Port};
 use crate::cli::{Common, Gateway, Sidecar};
 use crate::compose::{self, Parts};
 use crate::control::{Control, Sources};
+use crate::security::Security;
 use crate::{demo, logging};
 
 /// How often the demo says what its applications have seen.
@@ -185,6 +186,7 @@ struct Proxy {
     control: Control,
     files: Vec<SourceFile>,
     parts: Parts,
+    security: Security,
     sink: Option<AccessLogSink>,
     log_writer: Option<std::thread::JoinHandle<()>>,
     server: Option<Arc<Server>>,
@@ -198,9 +200,15 @@ struct Proxy {
 
 impl Proxy {
     fn prepare(binary: &'static str, role: Role, common: &Common, sources: Sources) -> Result<Self, Failure> {
-        let context: CompileContext = common.compile_context(role);
-        let discoverer = Discoverer::new(SystemResolver, tokio::runtime::Handle::current());
-        let control = Control::new(context, sources, common.lenient, Clusters::new(), discoverer);
+        let mut context: CompileContext = common.compile_context(role);
+        let runtime = tokio::runtime::Handle::current();
+        let security =
+            Security::new(common.identity_dir.as_deref(), common.trust_domain.as_deref(), &runtime)
+                .map_err(Failure::Other)?;
+        context.transport = security.transport();
+        let discoverer = Discoverer::new(SystemResolver, runtime);
+        let control =
+            Control::new(context, sources, common.lenient, Clusters::new(), discoverer, security.clone());
         let parts = Parts {
             access_log: AccessLogLayer::off(),
             panics: Panics::default(),
@@ -212,6 +220,7 @@ impl Proxy {
             files: control.read().map_err(Failure::other)?,
             control,
             parts,
+            security,
             sink: None,
             log_writer: None,
             server: None,
@@ -319,7 +328,7 @@ impl Proxy {
 
     fn listen(&mut self, spec: ListenerSpec, flag: &str) -> Result<(), Failure> {
         let name = spec.name().to_owned();
-        let address = listen(self.server()?, &self.parts, &self.tables(), spec)
+        let address = listen(self.server()?, &self.parts, &self.security, &self.tables(), spec)
             .map_err(|error| bind_failure(&error, flag))?;
         self.addresses.push((name, address));
         Ok(())
@@ -345,10 +354,15 @@ impl Proxy {
         let slot = Slot::fixed(table);
         let parts = self.parts.clone();
         let routes = slot.clone();
+        let tls = self.security.inbound(self.control.inbound_tls.clone());
         let spec = ListenerSpec::new(name.as_str(), inbound, Direction::Inbound).port(app.port());
         let address = self
             .server()?
-            .listen(spec, move |_| compose::inbound(&parts, routes.clone(), Shard::new()))
+            .listen_with(
+                spec,
+                move |_| WithTls::new(tls.clone()),
+                move |_| compose::inbound(&parts, routes.clone(), Shard::new()),
+            )
             .map_err(|error| bind_failure(&error, "--inbound"))?;
         self.apps.push(cluster);
         self.inbound.push(slot);
@@ -475,7 +489,7 @@ impl Proxy {
     /// Makes the listeners of a gateway be those of the generation in force.
     fn reconcile(&mut self, wanted: Vec<ListenerSpec>) {
         let Some(server) = self.server.clone() else { return };
-        let (parts, tables) = (self.parts.clone(), self.tables());
+        let (parts, security, tables) = (self.parts.clone(), self.security.clone(), self.tables());
         let turns = Arc::clone(&self.reconciling);
         let turn = turns.last.fetch_add(1, Ordering::AcqRel) + 1;
         tokio::spawn(async move {
@@ -484,7 +498,9 @@ impl Proxy {
             if turns.last.load(Ordering::Acquire) != turn {
                 return;
             }
-            let done = server.reconcile(wanted, |server, spec| listen(server, &parts, &tables, spec)).await;
+            let done = server
+                .reconcile(wanted, |server, spec| listen(server, &parts, &security, &tables, spec))
+                .await;
             for (name, address) in &done.added {
                 tracing::info!(listener = &**name, %address, "listening");
             }
@@ -501,19 +517,20 @@ type Tables = (Slot<RouteTable>, Slot<TcpRouteTable>);
 fn listen(
     server: &Server,
     parts: &Parts,
+    security: &Security,
     (routes, tcp_routes): &Tables,
     spec: ListenerSpec,
 ) -> Result<SocketAddr, BindError> {
     let (direction, protocol) = (spec.direction(), spec.speaks());
     let stack = {
-        let (parts, routes) = (parts.clone(), routes.clone());
-        move |_| compose::outbound(&parts, direction, routes.clone(), Shard::new())
+        let (parts, security, routes) = (parts.clone(), security.clone(), routes.clone());
+        move |_| compose::outbound(&parts, direction, routes.clone(), security.shard())
     };
     if let ListenerProtocol::Http(_) = protocol {
         return server.listen(spec, stack);
     }
-    let (parts, tcp_routes) = (parts.clone(), tcp_routes.clone());
-    server.listen_l4(spec, move |_| compose::l4(&parts, tcp_routes.clone(), Shard::new()), stack)
+    let (parts, security, tcp_routes) = (parts.clone(), security.clone(), tcp_routes.clone());
+    server.listen_l4(spec, move |_| compose::l4(&parts, tcp_routes.clone(), security.shard()), stack)
 }
 
 fn bind_failure(error: &BindError, flag: &str) -> Failure {

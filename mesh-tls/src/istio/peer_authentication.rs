@@ -13,8 +13,11 @@ const HONOURED: &[&str] = &["spec.selector", "spec.mtls", "spec.portLevelMtls"];
 
 impl Compile<ResourceSet> for InboundTls {
     fn compile(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) -> Result<Self, Rejected> {
-        for policy in set.peer_authentications() {
-            diags.honour_all(policy.doc, HONOURED);
+        // Without an identity nothing can be terminated: what is demanded then lets nobody in, and is reported.
+        if cx.transport.terminates {
+            for policy in set.peer_authentications() {
+                diags.honour_all(policy.doc, HONOURED);
+            }
         }
         if cx.role == Role::Gateway {
             // The servers of a gateway say themselves what they accept.
@@ -22,6 +25,7 @@ impl Compile<ResourceSet> for InboundTls {
         }
         let root = set.mesh_config().root_namespace();
         let modes = MtlsModes::of(set.peer_authentications(), &cx.workload, root);
+        let mode = |of: MutualTlsMode| mode(of, cx.transport.terminates);
         let all = Self::all(mode(modes.default_mode()));
         Ok(modes.ports().fold(all, |all, (port, of_port)| all.port(port, mode(of_port))))
     }
@@ -31,8 +35,9 @@ impl Compile<ResourceSet> for InboundTls {
     }
 }
 
-const fn mode(mode: MutualTlsMode) -> DownstreamTls {
+const fn mode(mode: MutualTlsMode, terminates: bool) -> DownstreamTls {
     match mode {
+        MutualTlsMode::Permissive | MutualTlsMode::Unset if !terminates => DownstreamTls::Disable,
         MutualTlsMode::Disable => DownstreamTls::Disable,
         MutualTlsMode::Strict => DownstreamTls::Strict,
         // Nothing that is resolved is unset; at the top it means the same.
