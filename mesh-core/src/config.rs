@@ -80,8 +80,10 @@ pub struct CompileContext {
 pub struct Transport {
     /// Whether it can originate TLS.
     pub originates: bool,
-    /// Whether it can terminate TLS.
+    /// Whether it can terminate the mesh's mutual TLS on inbound ports.
     pub terminates: bool,
+    /// Whether it can terminate TLS for the servers of a gateway, which bring certificates of their own.
+    pub terminates_servers: bool,
     /// Whether the workload has an identity of the mesh.
     pub has_identity: bool,
 }

@@ -40,7 +40,9 @@ pub use context::{Normalized, PinnedRoute, RequestContext, UpstreamInfo};
 pub use edge::{EdgeSettings, Normalize, NormalizeLayer};
 pub use error::{BoxError, Error, ErrorKind};
 pub use flags::ResponseFlags;
-pub use listener_set::{GatewayListener, ListenerSet};
+pub use listener_set::{
+    ClientCertificate, GatewayListener, GatewayServer, ListenerSet, ServerTls, Servers, TlsVersion,
+};
 pub use local_reply::{LocalReply, LocalReplyLayer};
 pub use normalize::PathNormalization;
 pub use panic::{CatchPanic, CatchPanicLayer, Panics};

@@ -35,6 +35,8 @@ pub enum ListenerProtocol {
     Tcp,
     /// TLS that is routed by its server name and not ended here; other bytes are not refused.
     Tls,
+    /// TLS that is ended where a server of its name does so, and else routed by its name; nothing else.
+    Https,
     /// What the destination speaks, by its first bytes where that is not known.
     Sniff,
 }
@@ -47,6 +49,7 @@ impl ListenerProtocol {
             Self::Http(http) => http.as_str(),
             Self::Tcp => "tcp",
             Self::Tls => "tls",
+            Self::Https => "https",
             Self::Sniff => "sniff",
         }
     }

@@ -1,12 +1,30 @@
-//! Which listeners configuration asks for: the servers of a gateway.
+//! Which listeners configuration asks for: the servers of a gateway, and how each of them ends TLS.
 //!
 //! A model of its own, because two crates join here: routing keys its tables by the port, and whoever terminates TLS
-//! needs the same port's settings. A server whose TLS nothing in the build can terminate is *never* served in
-//! plaintext: it has no listener, and its `tls` is reported as not enforced.
+//! needs the same port's settings. It is plain data. Certificates are named, never held: what a name stands for may
+//! change while the model stays.
+//!
+//! **One listener for each port**, with all of its servers. On a port of TLS the name that a client asks for chooses the
+//! server, before anything is decrypted: the exact name, else the longest wildcard, else `*`; who asks for none gets `*`
+//! ([`Servers::of`]). No server, no handshake. Servers that end TLS and servers that pass it on share a port.
+//!
+//! **A name belongs to one server.** Once it is decrypted, a connection could ask for the host of another server than the
+//! one that shook hands: one that would have asked for a client's certificate, say. Such a request is misdirected
+//! ([`Servers::is_misdirected`]), unless the other server's handshake would have been the same.
+//!
+//! A server whose TLS nothing in the build can terminate is *never* served in plaintext: it has no listener, and its
+//! `tls` is reported as not enforced.
+
+#[cfg(feature = "istio")]
+mod istio;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
+use crate::conn::ConnInfo;
+use crate::matcher::HostMap;
 use crate::server::ListenerProtocol;
+use crate::upstream::Credential;
 
 /// The listeners of a gateway, one for each port.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,108 +44,225 @@ pub struct GatewayListener {
     pub protocol: ListenerProtocol,
     /// The address that a server asks for; `None` leaves it to the proxy.
     pub bind: Option<IpAddr>,
+    /// The servers of a port of TLS; none elsewhere.
+    pub servers: Servers,
 }
 
-#[cfg(feature = "istio")]
-mod istio {
-    use std::collections::BTreeMap;
+/// The servers of one port of TLS, found by name.
+#[derive(Clone, Debug, Default)]
+pub struct Servers {
+    all: Vec<GatewayServer>,
+    by_host: HostMap<usize>,
+}
 
-    use super::{GatewayListener, ListenerSet};
-    use crate::config::{Compile, CompileContext, Rejected, Role};
-    use crate::diagnostics::Diagnostics;
-    use crate::istio::ResourceSet;
-    use crate::istio::effective::scope::is_subset;
-    use crate::istio::types::gateway::{Server, ServerTlsMode};
-    use crate::istio::types::protocol::PortProtocol;
-    use crate::server::{ListenerProtocol, Protocol};
+/// One server of a port of TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GatewayServer {
+    /// The names that it answers to: exact, `*.example.com`, or `*`.
+    pub hosts: Vec<String>,
+    /// How it ends TLS; `None` passes TLS on as it is.
+    pub tls: Option<Arc<ServerTls>>,
+}
 
-    impl Server {
-        /// Whether a server is plain HTTP, which needs no TLS: also one that only redirects to it.
-        #[must_use]
-        pub fn is_plain_http(&self) -> bool {
-            use PortProtocol::{Grpc, GrpcWeb, Http, Http2};
-            matches!(self.protocol(), Some(Http | Http2 | Grpc | GrpcWeb))
-                && self.tls.as_ref().is_none_or(|tls| tls.https_redirect)
+/// How a server ends TLS.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ServerTls {
+    /// The certificates that it shows, of which the client's algorithms choose; the authorities for clients are those of
+    /// the first. [`Credential::Mesh`] is the workload's own identity, and its clients are workloads of the mesh.
+    pub credentials: Vec<Credential>,
+    /// Whether clients show a certificate.
+    pub client_certificate: ClientCertificate,
+    /// The names of which a client's certificate must have one, as written; empty for any.
+    pub subject_alt_names: Vec<String>,
+    /// The SHA-256 of public keys that clients may have. With [`certificate_hashes`](Self::certificate_hashes), one of
+    /// either matches; both empty for any.
+    pub spki_hashes: Vec<[u8; 32]>,
+    /// The SHA-256 of certificates that clients may have.
+    pub certificate_hashes: Vec<[u8; 32]>,
+    /// The lowest version. Default 1.2, which is the lowest there is.
+    pub min_version: TlsVersion,
+    /// The highest version; `None` for the highest there is.
+    pub max_version: Option<TlsVersion>,
+    /// Cipher suites of versions up to 1.2 in OpenSSL's names, the best first; empty for those that are safe.
+    pub cipher_suites: Vec<String>,
+}
+
+/// Whether clients show a certificate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ClientCertificate {
+    /// They are not asked for one.
+    #[default]
+    None,
+    /// They are asked; one that is shown has to hold.
+    Optional,
+    /// Nobody comes in without one.
+    Required,
+}
+
+/// A version of TLS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TlsVersion {
+    /// A version below 1.2, which is not spoken: as the lowest it means 1.2, as the highest nothing is left.
+    Older,
+    /// TLS 1.2.
+    #[default]
+    V1_2,
+    /// TLS 1.3.
+    V1_3,
+}
+
+impl ListenerSet {
+    /// The listener of a port.
+    #[must_use]
+    pub fn port(&self, port: u16) -> Option<&GatewayListener> {
+        let at = self.listeners.binary_search_by_key(&port, |listener| listener.port).ok()?;
+        self.listeners.get(at)
+    }
+
+    /// How the servers of all ports end TLS.
+    pub fn terminating(&self) -> impl Iterator<Item = &Arc<ServerTls>> {
+        self.listeners
+            .iter()
+            .flat_map(|listener| listener.servers.iter())
+            .filter_map(|server| server.tls.as_ref())
+    }
+}
+
+impl Servers {
+    /// Adds a server. A name that an older server has stays with that one; such names are returned.
+    pub fn push(&mut self, server: GatewayServer) -> Vec<String> {
+        let at = self.all.len();
+        let taken =
+            server.hosts.iter().filter(|host| self.by_host.insert(host, at).is_err()).cloned().collect();
+        self.all.push(server);
+        taken
+    }
+
+    /// The server that a name belongs to; without a name, the one that answers to any. A pattern belongs to the server
+    /// of the narrowest pattern that covers it.
+    #[must_use]
+    pub fn of(&self, name: Option<&str>) -> Option<&GatewayServer> {
+        // Only `*` covers what is no name at all.
+        self.all.get(*self.by_host.get(name.unwrap_or_default())?)
+    }
+
+    /// Whether a request for `authority` came over a connection to another server than the one that the authority
+    /// belongs to, whose handshake would have been another one. Such a request is to be answered 421. One for a name that
+    /// no server has is not: no route will take it.
+    #[must_use]
+    pub fn is_misdirected(&self, conn: &ConnInfo, authority: &str) -> bool {
+        if conn.sni.as_deref().is_some_and(|sni| sni == authority) {
+            return false;
         }
-
-        /// Whether a server takes bytes as they come: opaque TCP without TLS of its own.
-        #[must_use]
-        pub fn is_plain_tcp(&self) -> bool {
-            use PortProtocol::{Mongo, Mysql, Redis, Tcp};
-            matches!(self.protocol(), Some(Tcp | Mongo | Mysql | Redis)) && self.tls.is_none()
-        }
-
-        /// Whether a server routes TLS by its server name and leaves it as it is (GW-04).
-        #[must_use]
-        pub fn is_passthrough(&self) -> bool {
-            matches!(self.protocol(), Some(PortProtocol::Tls | PortProtocol::Https))
-                && self
-                    .tls
-                    .as_ref()
-                    .is_some_and(|tls| tls.mode == ServerTlsMode::Passthrough && !tls.https_redirect)
-        }
-
-        /// What a listener for the server speaks; `None` for one that nothing in this build can serve.
-        #[must_use]
-        pub fn listener_protocol(&self) -> Option<ListenerProtocol> {
-            if self.is_plain_http() {
-                // A client of any HTTP port may speak h2c; no port refuses HTTP/1.
-                Some(Protocol::Auto.into())
-            } else if self.is_plain_tcp() {
-                Some(ListenerProtocol::Tcp)
-            } else {
-                self.is_passthrough().then_some(ListenerProtocol::Tls)
-            }
-        }
-
-        fn protocol(&self) -> Option<PortProtocol> {
-            PortProtocol::parse(&self.port.as_ref()?.protocol)
+        match (self.of(conn.sni.as_deref()), self.of(Some(authority))) {
+            (_, None) => false,
+            (None, Some(_)) => true,
+            (Some(shook), Some(asked)) => !std::ptr::eq(shook, asked) && shook.tls != asked.tls,
         }
     }
 
-    /// The servers of the gateways that select the workload, as far as this build can serve them; a sidecar has none.
-    impl Compile<ResourceSet> for ListenerSet {
-        fn compile(
-            set: &ResourceSet,
-            cx: &CompileContext,
-            diags: &mut Diagnostics,
-        ) -> Result<Self, Rejected> {
-            if cx.role != Role::Gateway {
-                return Ok(Self::default());
-            }
-            let mut listeners: BTreeMap<u16, GatewayListener> = BTreeMap::new();
-            let selected = set
-                .gateways()
-                .iter()
-                .filter(|gateway| is_subset(&gateway.spec.selector, &cx.workload.labels));
-            for gateway in selected {
-                for (at, server) in gateway.spec.servers.iter().enumerate() {
-                    let (Some(asked), Some(protocol)) = (&server.port, server.listener_protocol()) else {
-                        continue;
-                    };
-                    let Some(port) = u16::try_from(asked.number).ok().filter(|port| *port != 0) else {
-                        continue;
-                    };
-                    let listener = listeners.entry(port).or_insert_with(|| GatewayListener {
-                        port,
-                        name: asked.name.clone(),
-                        protocol,
-                        bind: server.bind.parse().ok(),
-                    });
-                    if listener.protocol != protocol {
-                        let message = format!(
-                            "the port speaks {} for an older server: this one is not served",
-                            listener.protocol.as_str()
-                        );
-                        diags.warning_at(gateway.doc, format!("spec.servers[{at}].port"), message);
-                    }
-                }
-            }
-            Ok(Self { listeners: listeners.into_values().collect() })
-        }
+    /// The servers, oldest first.
+    pub fn iter(&self) -> std::slice::Iter<'_, GatewayServer> {
+        self.all.iter()
+    }
+}
 
-        fn closed(_: &CompileContext) -> Self {
-            Self::default()
+impl PartialEq for Servers {
+    fn eq(&self, other: &Self) -> bool {
+        // The index follows from the list.
+        self.all == other.all
+    }
+}
+
+impl Eq for Servers {}
+
+impl<'a> IntoIterator for &'a Servers {
+    type Item = &'a GatewayServer;
+    type IntoIter = std::slice::Iter<'a, GatewayServer>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conn::Direction;
+
+    fn server(hosts: &[&str], secret: &str) -> GatewayServer {
+        let tls =
+            ServerTls { credentials: vec![Credential::Secret(secret.to_owned())], ..ServerTls::default() };
+        let hosts = hosts.iter().map(|host| (*host).to_owned()).collect();
+        GatewayServer { hosts, tls: (!secret.is_empty()).then(|| Arc::new(tls)) }
+    }
+
+    fn servers(all: &[(&[&str], &str)]) -> Servers {
+        let mut servers = Servers::default();
+        for (hosts, secret) in all {
+            servers.push(server(hosts, secret));
         }
+        servers
+    }
+
+    #[test]
+    fn gw_04_the_narrowest_name_chooses_the_server() {
+        let all = servers(&[
+            (&["*.example.com"], "wide"),
+            (&["a.example.com"], "exact"),
+            (&["*.b.example.com"], "narrow"),
+        ]);
+        let secret = |name: Option<&str>| match &all.of(name)?.tls.as_ref()?.credentials[..] {
+            [Credential::Secret(name)] => Some(name.clone()),
+            _ => None,
+        };
+        for (name, expected) in [
+            ("a.example.com", Some("exact")),
+            ("A.Example.Com.", Some("exact")),
+            ("x.example.com", Some("wide")),
+            ("x.b.example.com", Some("narrow")),
+            ("*.example.com", Some("wide")),
+            ("example.com", None),
+            ("other.com", None),
+        ] {
+            assert_eq!(secret(Some(name)).as_deref(), expected, "{name}");
+        }
+        assert_eq!(secret(None), None);
+        let any = servers(&[(&["a.example.com"], "exact"), (&["*"], "any")]);
+        assert!(std::ptr::eq(any.of(None).unwrap(), any.iter().nth(1).unwrap()));
+    }
+
+    #[test]
+    fn gw_04_a_name_stays_with_the_server_that_had_it_first() {
+        let mut all = servers(&[(&["a.example.com"], "first")]);
+        let taken = all.push(server(&["b.example.com", "a.example.com"], "second"));
+        assert_eq!(taken, ["a.example.com"]);
+        assert_eq!(all.of(Some("a.example.com")), all.iter().next());
+    }
+
+    #[test]
+    fn f6_a_request_for_the_host_of_another_server_is_misdirected() {
+        let all = servers(&[
+            (&["a.example.com", "c.example.com"], "one"),
+            (&["b.example.com"], "two"),
+            (&["d.example.com"], "one"),
+            (&["p.example.com"], ""),
+        ]);
+        let mut conn = ConnInfo::unknown(Direction::Gateway);
+        conn.sni = Some("a.example.com".into());
+        for (authority, expected) in [
+            ("a.example.com", false),
+            ("A.example.com:443", false),
+            ("c.example.com", false),
+            ("b.example.com", true),
+            ("B.example.com:8443", true),
+            ("d.example.com", false),
+            ("p.example.com", true),
+            ("nobody.example.com", false),
+        ] {
+            assert_eq!(all.is_misdirected(&conn, authority), expected, "{authority}");
+        }
+        conn.sni = None;
+        assert!(all.is_misdirected(&conn, "a.example.com"), "the server is gone that shook hands");
     }
 }

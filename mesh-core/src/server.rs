@@ -52,7 +52,7 @@ pub use self::edge::HttpStack;
 pub use self::l4::{Expect, L4, L4Conn, WithL4};
 pub use self::limits::ServerLimits;
 pub use self::serve::Protocol;
-pub use self::tls::{DownstreamTls, Terminate, Terminated, WithTls};
+pub use self::tls::{DownstreamTls, Nothing, Terminate, Terminated, WithTls};
 pub use self::worker::Worker;
 pub use crate::drain::{Drain, DrainTimes, Drained, Phase, Token};
 pub use crate::listener::{BindError, ListenerProtocol, ListenerSpec, ListenerStatus, OwnAddresses};

@@ -278,7 +278,8 @@ fn watched(paths: &[PathBuf]) -> Vec<PathBuf> {
         })
         .collect();
     watched.sort();
-    watched.dedup();
+    // What is below another is watched with it.
+    watched.dedup_by(|path, above| path.starts_with(above));
     watched
 }
 

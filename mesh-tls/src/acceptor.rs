@@ -103,22 +103,31 @@ impl Acceptor {
         IO: AsyncRead + AsyncWrite + Unpin,
     {
         let io = self.tls.accept(io).await.map_err(in_words)?;
-        let connection: &ServerConnection = io.get_ref().1;
-        let peer = match connection.peer_certificates() {
-            None | Some([]) => None,
-            Some(chain) => {
-                let mut info = peer_info(chain, &self.provider)
-                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-                let material = self.own.as_ref().map(Materials::load);
-                let own = material.as_ref().and_then(|material| material.identity.as_ref()?.spiffe_id());
-                info.forwarded = xfcc::element(own, &info);
-                Some(Arc::new(info))
-            }
-        };
-        let protocol = connection.alpn_protocol().and_then(alpn::http);
-        let sni = connection.server_name().map(|name| Arc::from(name.to_ascii_lowercase()));
-        Ok(Secured { io, peer, protocol, sni })
+        secured(io, &self.provider, self.own.as_ref())
     }
+}
+
+/// What a handshake told. The peer is described as one whom we met as `own`.
+pub(crate) fn secured<IO>(
+    io: TlsStream<IO>,
+    provider: &CryptoProvider,
+    own: Option<&Materials>,
+) -> io::Result<Secured<IO>> {
+    let connection: &ServerConnection = io.get_ref().1;
+    let peer = match connection.peer_certificates() {
+        None | Some([]) => None,
+        Some(chain) => {
+            let mut info = peer_info(chain, provider)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            let material = own.map(Materials::load);
+            let own = material.as_ref().and_then(|material| material.identity.as_ref()?.spiffe_id());
+            info.forwarded = xfcc::element(own, &info);
+            Some(Arc::new(info))
+        }
+    };
+    let protocol = connection.alpn_protocol().and_then(alpn::http);
+    let sni = connection.server_name().map(|name| Arc::from(name.to_ascii_lowercase()));
+    Ok(Secured { io, peer, protocol, sni })
 }
 
 impl fmt::Debug for Acceptor {

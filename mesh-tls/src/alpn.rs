@@ -18,6 +18,9 @@ const ISTIO_PEER_EXCHANGE: &[u8] = b"istio-peer-exchange";
 pub(crate) const SERVER: &[&[u8]] =
     &[H2, HTTP_11, HTTP_10, ISTIO_H2, ISTIO_HTTP_11, ISTIO_HTTP_10, ISTIO_PEER_EXCHANGE, ISTIO];
 
+/// What a server at the edge agrees to, the best first.
+pub(crate) const EDGE: &[&[u8]] = &[H2, HTTP_11, HTTP_10];
+
 /// The HTTP that a name stands for; `None` for one that says nothing of it.
 pub(crate) fn http(name: &[u8]) -> Option<Protocol> {
     match name {

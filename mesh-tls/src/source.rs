@@ -24,7 +24,7 @@ use crate::bundle::{InvalidBundle, TrustBundle};
 use crate::certificate::Leaf;
 
 #[cfg(feature = "files")]
-pub use self::files::{FilesError, Following, IdentityFiles};
+pub use self::files::{FilesError, Following, IdentityFiles, SecretFiles};
 
 /// A certificate of our own with its key.
 #[derive(Clone, Debug)]
@@ -70,6 +70,9 @@ pub enum InvalidIdentity {
     /// The key cannot be used, or is that of another certificate.
     #[error("the key does not fit the certificate: {0}")]
     Key(rustls::Error),
+    /// There is a certificate without its key, or a key without its certificate.
+    #[error("a certificate needs its key, and a key its certificate")]
+    Half,
     /// The authorities cannot be read.
     #[error("the authorities: {0}")]
     Bundle(#[from] InvalidBundle),

@@ -124,6 +124,8 @@ kinds! {
     services: types::kubernetes::ServiceSpec => "", "Service", Spec;
     /// Kubernetes' endpoints, oldest first.
     endpoints: types::kubernetes::Endpoints => "", "Endpoints", Root;
+    /// Kubernetes' secrets, oldest first.
+    secrets: types::secret::Secret => "", "Secret", Root;
     /// Kubernetes' endpoint slices, oldest first.
     endpoint_slices: types::kubernetes::EndpointSlice => "discovery.k8s.io", "EndpointSlice", Root;
     /// Istio 1.1's configuration of authorization, under its older name, oldest first.

@@ -168,7 +168,9 @@ impl<S: HttpStack> HttpEdge<S> {
 const fn http(protocol: ListenerProtocol) -> Protocol {
     match protocol {
         ListenerProtocol::Http(http) => http,
-        ListenerProtocol::Tcp | ListenerProtocol::Tls | ListenerProtocol::Sniff => Protocol::Auto,
+        ListenerProtocol::Tcp | ListenerProtocol::Tls | ListenerProtocol::Https | ListenerProtocol::Sniff => {
+            Protocol::Auto
+        }
     }
 }
 

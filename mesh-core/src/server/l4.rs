@@ -117,7 +117,7 @@ impl<S: HttpStack, L: L4> ConnHandler<S> for WithL4<L> {
             let expect = match open.protocol() {
                 ListenerProtocol::Http(_) => Expect::Http,
                 ListenerProtocol::Tcp => Expect::Tcp,
-                ListenerProtocol::Tls => Expect::Tls { patience: None },
+                ListenerProtocol::Tls | ListenerProtocol::Https => Expect::Tls { patience: None },
                 ListenerProtocol::Sniff => l4.expect(open.info(), snapshot.as_ref()),
             };
             if expect == Expect::Http {

@@ -9,6 +9,9 @@
 //! bounded number; a drain that cuts connections cuts it too. What it tells of the peer is in the connection's
 //! [`ConnInfo`] before the first request is read. A handshake that fails is counted and logged with its reason; the
 //! peer learns no more than TLS's alert.
+//!
+//! Where servers that end TLS share a port with some that pass it on, the server name decides, and an [`L4`] takes what
+//! is passed on ([`Terminate::passes_on`]).
 
 use std::future::Future;
 use std::io;
@@ -19,10 +22,10 @@ use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-use super::accept::{Accepted, ConnHandler};
+use super::accept::{Accepted, ConnHandler, TcpConn};
 use super::connection::Connection;
 use super::edge::HttpStack;
-use super::l4::look;
+use super::l4::{Expect, L4, L4Conn, look};
 use super::limits::ServerLimits;
 use super::serve::Protocol;
 use crate::conn::ConnInfo;
@@ -52,6 +55,13 @@ pub trait Terminate: Send + Sync + 'static {
     /// What is asked of a connection, before anything of it is read.
     fn expect(&self, info: &ConnInfo, snapshot: Option<&Pinned>) -> DownstreamTls;
 
+    /// Whether TLS for this server name (in lower case) is passed on as it is, where the listener has an [`L4`] for it.
+    /// Default no.
+    fn passes_on(&self, info: &ConnInfo, snapshot: Option<&Pinned>, sni: Option<&str>) -> bool {
+        let _ = (info, snapshot, sni);
+        false
+    }
+
     /// Shakes hands. What was read of the connection to find out that it is TLS comes first. The time that it may take
     /// is bounded by the caller.
     ///
@@ -80,19 +90,43 @@ pub struct Terminated<I> {
 
 /// Serves HTTP by the listener's stack after ending TLS where it is spoken.
 #[derive(Debug)]
-pub struct WithTls<T>(Arc<T>);
+pub struct WithTls<T, L = Nothing> {
+    tls: Arc<T>,
+    beside: Option<Arc<L>>,
+}
 
 impl<T: Terminate> WithTls<T> {
     /// Ends TLS by `tls`.
     #[must_use]
     pub fn new(tls: T) -> Self {
-        Self(Arc::new(tls))
+        Self { tls: Arc::new(tls), beside: None }
+    }
+
+    /// Hands to `l4` the TLS that is passed on.
+    #[must_use]
+    pub fn beside<L: L4>(self, l4: L) -> WithTls<T, L> {
+        WithTls { tls: self.tls, beside: Some(Arc::new(l4)) }
     }
 }
 
-impl<S: HttpStack, T: Terminate> ConnHandler<S> for WithTls<T> {
+/// The [`L4`] of listeners that pass nothing on.
+#[derive(Clone, Copy, Debug)]
+pub enum Nothing {}
+
+impl L4 for Nothing {
+    fn expect(&self, _: &ConnInfo, _: Option<&Pinned>) -> Expect {
+        match *self {}
+    }
+
+    fn serve(&self, _: L4Conn) -> impl Future<Output = ()> + Send + 'static {
+        let nothing = *self;
+        async move { match nothing {} }
+    }
+}
+
+impl<S: HttpStack, T: Terminate, L: L4> ConnHandler<S> for WithTls<T, L> {
     fn handle(&self, accepted: Accepted<S>) -> impl Future<Output = ()> + Send + 'static {
-        let tls = Arc::clone(&self.0);
+        let (tls, beside) = (Arc::clone(&self.tls), self.beside.clone());
         async move {
             let (mut stream, open) = accepted.into_parts();
             let snapshot = open.snapshot();
@@ -107,12 +141,18 @@ impl<S: HttpStack, T: Terminate> ConnHandler<S> for WithTls<T> {
             let found = Box::pin(look(&mut stream, &connection, None, &limits)).await;
             let Some((sniffed, prefix)) = found else { return };
             let io = Prefixed::new(prefix, stream);
-            if !matches!(sniffed, Sniffed::Tls(_)) {
+            let Sniffed::Tls(name) = sniffed else {
                 drop(snapshot);
                 if mode == DownstreamTls::Permissive {
                     return edge.drive(connection, io).await;
                 }
                 return refuse_plaintext(&connection, &io);
+            };
+            if let Some(l4) = beside
+                && tls.passes_on(connection.info(), snapshot.as_ref(), name.as_deref())
+            {
+                let conn = L4Conn { io, conn: TcpConn::new(connection), tls: true, sni: name, snapshot };
+                return Box::pin(l4.serve(conn)).await;
             }
             let done = Box::pin(shake_hands(&*tls, io, &connection, snapshot, &limits)).await;
             let Some(Terminated { io, protocol, sni, identity }) = done else { return };

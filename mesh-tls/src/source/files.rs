@@ -13,6 +13,7 @@ use rustls::crypto::CryptoProvider;
 
 use super::{Identity, InvalidIdentity, Material, Materials};
 use crate::bundle::TrustBundle;
+use crate::secret::{KEYS, SecretData};
 
 /// The names that files of an identity have: certificate, key, authorities.
 const NAMES: [[&str; 3]; 2] =
@@ -52,6 +53,17 @@ pub enum FilesError {
         /// What is wrong with it.
         reason: InvalidIdentity,
     },
+    /// There is nothing of a secret.
+    #[error("{}: there is no such secret", .0.display())]
+    NoSecret(PathBuf),
+    /// What is in a secret is not sound.
+    #[error("{}: {reason}", .path.display())]
+    Secret {
+        /// Its directory.
+        path: PathBuf,
+        /// What is wrong with it; nothing of it is quoted.
+        reason: String,
+    },
     /// There is a certificate without a key, or the other way around.
     #[error("a certificate needs its key, and a key its certificate")]
     Half,
@@ -83,7 +95,17 @@ impl IdentityFiles {
     pub fn open(self, provider: Arc<CryptoProvider>) -> Result<(Material, Following), FilesError> {
         let read = read(&self.paths())?;
         let material = self.material(&read, &provider)?;
-        Ok((material, Following { files: self, read, provider }))
+        Ok((material, Following { unit: Unit::Files(self), read, provider, fallback: None }))
+    }
+
+    /// [`open`](Self::open), for files that may come later: what is wrong with them now is for the log. Where they name
+    /// no authorities, those of `fallback` are believed.
+    pub fn follow(
+        self,
+        provider: Arc<CryptoProvider>,
+        fallback: Option<Arc<TrustBundle>>,
+    ) -> (Result<Material, FilesError>, Following) {
+        Following::begin(Unit::Files(self), provider, fallback)
     }
 
     fn paths(&self) -> Vec<PathBuf> {
@@ -116,25 +138,134 @@ impl IdentityFiles {
     }
 }
 
-/// Files of which a content was taken.
+/// Where the files of a Kubernetes secret are: `DIR/NAME/KEY`, as a mounted volume has them, with the authorities in
+/// `DIR/NAME-cacert` where they stand apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretFiles {
+    own: PathBuf,
+    authorities: PathBuf,
+    within: PathBuf,
+}
+
+impl SecretFiles {
+    /// The secret of this name below `dir`; `None` for a name that is not that of one directory.
+    #[must_use]
+    pub fn new(dir: &Path, name: &str) -> Option<Self> {
+        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\', '\0']) {
+            return None;
+        }
+        Some(Self {
+            own: dir.join(name),
+            authorities: dir.join(SecretData::authorities_of(name)),
+            within: dir.to_owned(),
+        })
+    }
+
+    /// Reads what is there, and goes on from it with [`Following::run`]; the secret may come later.
+    pub fn follow(self, provider: Arc<CryptoProvider>) -> (Result<Material, FilesError>, Following) {
+        Following::begin(Unit::Secret(self), provider, None)
+    }
+
+    fn paths(&self) -> Vec<PathBuf> {
+        [&self.own, &self.authorities].iter().flat_map(|dir| KEYS.map(|key| dir.join(key))).collect()
+    }
+
+    fn material(&self, files: &[SourceFile], provider: &CryptoProvider) -> Result<Material, FilesError> {
+        let value = |dir: &Path, key: &str| {
+            let name = dir.join(key).display().to_string();
+            let file = files.iter().find(|file| *file.name == *name)?;
+            (!file.text.is_empty()).then(|| file.text.clone())
+        };
+        let data = SecretData::read(|key| value(&self.own, key), |key| value(&self.authorities, key));
+        if data == SecretData::default() {
+            return Err(FilesError::NoSecret(self.own.clone()));
+        }
+        let broken = |reason| FilesError::Secret { path: self.own.clone(), reason };
+        data.material(provider).map_err(broken)
+    }
+}
+
+/// Files of which a content was taken, or will be.
 #[derive(Debug)]
 pub struct Following {
-    files: IdentityFiles,
+    unit: Unit,
     read: Vec<SourceFile>,
     provider: Arc<CryptoProvider>,
+    fallback: Option<Arc<TrustBundle>>,
+}
+
+/// Files that are taken as one.
+#[derive(Debug)]
+enum Unit {
+    Files(IdentityFiles),
+    Secret(SecretFiles),
+}
+
+impl Unit {
+    fn paths(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Files(files) => files.paths(),
+            Self::Secret(files) => files.paths(),
+        }
+    }
+
+    /// What is watched. Directories of secrets come and go, and are seen from the one that they are in.
+    fn watched(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Files(files) => files.paths(),
+            Self::Secret(files) => std::iter::once(files.within.clone()).chain(files.paths()).collect(),
+        }
+    }
+
+    fn material(&self, files: &[SourceFile], provider: &CryptoProvider) -> Result<Material, FilesError> {
+        match self {
+            Self::Files(unit) => unit.material(files, provider),
+            Self::Secret(unit) => unit.material(files, provider),
+        }
+    }
 }
 
 impl Following {
+    fn begin(
+        unit: Unit,
+        provider: Arc<CryptoProvider>,
+        fallback: Option<Arc<TrustBundle>>,
+    ) -> (Result<Material, FilesError>, Self) {
+        let there: Vec<_> = unit.paths().into_iter().filter(|path| path.exists()).collect();
+        let following = |read| Self { unit, read, provider, fallback };
+        match read(&there) {
+            Ok(read) => {
+                let following = following(read);
+                (following.material(&following.read), following)
+            }
+            Err(error) => (Err(error.into()), following(Vec::new())),
+        }
+    }
+
+    fn material(&self, files: &[SourceFile]) -> Result<Material, FilesError> {
+        let mut material = self.unit.material(files, &self.provider)?;
+        if material.bundle.roots().is_empty()
+            && let Some(fallback) = &self.fallback
+        {
+            material.bundle = Arc::clone(fallback);
+        }
+        Ok(material)
+    }
+
     /// Stores what the files have whenever it is not what was taken before, for ever. What does not go together is
     /// logged, and what was stored before stays.
     pub async fn run(self, materials: Materials) {
-        let mut watcher = Watcher::new(self.files.paths(), &self.read);
+        let mut watcher = Watcher::new(self.unit.watched(), &self.read);
         loop {
-            match self.files.material(&watcher.next().await, &self.provider) {
+            match self.material(&watcher.next().await) {
                 Ok(material) => {
                     let until = material.identity.as_ref().map(Identity::not_after);
                     tracing::info!(?until, "certificates renewed from files");
                     materials.store(material);
+                }
+                Err(error @ FilesError::NoSecret(_)) => {
+                    tracing::error!("certificates are gone: {error}");
+                    materials.store(Material::default());
                 }
                 Err(error) => tracing::error!("certificates are not taken, those in force stay: {error}"),
             }
