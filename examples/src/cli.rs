@@ -142,6 +142,11 @@ pub struct Common {
     #[arg(long, value_name = "DIR")]
     pub identity_dir: Option<PathBuf>,
 
+    /// Kubernetes secrets that credentialName may name beside those among --config, as DIR/NAME/tls.crt, tls.key, ca.crt;
+    /// watched for renewal
+    #[arg(long, value_name = "DIR")]
+    pub secret_dir: Option<PathBuf>,
+
     /// The trust domain of this workload [default: MeshConfig trustDomain, else cluster.local]
     #[arg(long, value_name = "NAME")]
     pub trust_domain: Option<String>,

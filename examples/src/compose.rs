@@ -17,7 +17,9 @@
 use std::sync::Arc;
 
 use mesh_core::server::{HttpStack, L4};
-use mesh_core::{CatchPanicLayer, Direction, EdgeSettings, LocalReplyLayer, NormalizeLayer, Panics, Slot};
+use mesh_core::{
+    CatchPanicLayer, Direction, EdgeSettings, ListenerSet, LocalReplyLayer, NormalizeLayer, Panics, Slot,
+};
 use mesh_route::{
     CorsLayer, FaultLayer, HeadersLayer, RouteTable, SelectRouteLayer, Shard, TcpDispatch, TcpRouteTable,
     dispatch,
@@ -34,6 +36,8 @@ pub struct Parts {
     pub panics: Panics,
     /// How requests are normalised, per generation.
     pub edge: Slot<EdgeSettings>,
+    /// The servers of a gateway, of which each takes only requests for hosts of its own; `None` elsewhere.
+    pub servers: Option<Slot<ListenerSet>>,
 }
 
 /// What the workload sends: `direction` is outbound for a sidecar and gateway for a gateway.
@@ -43,12 +47,14 @@ pub fn outbound(
     routes: Slot<RouteTable>,
     shard: Arc<Shard>,
 ) -> impl HttpStack + use<> {
+    let select = SelectRouteLayer::new(routes).direction(direction);
+    let select = parts.servers.iter().fold(select, |select, servers| select.servers(servers.clone()));
     ServiceBuilder::new()
         .layer(parts.access_log.clone())
         .layer(LocalReplyLayer::new(direction))
         .layer(CatchPanicLayer::new(parts.panics.clone()))
         .layer(NormalizeLayer::new(parts.edge.clone(), direction))
-        .layer(SelectRouteLayer::new(routes).direction(direction))
+        .layer(select)
         .layer(FaultLayer::new())
         .layer(CorsLayer::new())
         .layer(HeadersLayer::new())

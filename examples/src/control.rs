@@ -15,6 +15,7 @@ use mesh_route::canary::Canaries;
 use mesh_route::discover::Discoverer;
 use mesh_route::{Clusters, RouteTable, TcpRouteTable};
 use mesh_tls::InboundTls;
+use mesh_tls::istio::Secrets;
 
 use crate::security::Security;
 
@@ -132,11 +133,16 @@ impl Control {
         let listeners = compiler.register::<ListenerSet>();
         let edge = compiler.register::<EdgeSettings>();
         let inbound_tls = compiler.register::<InboundTls>();
+        let secrets = compiler.register::<Secrets>();
         let secured = security.clone();
+        let servers = listeners.clone();
         let (registry, table, tcp) = (clusters.clone(), routes.clone(), tcp_routes.clone());
         let canaries = Canaries::new();
         let rollouts = canaries.clone();
         compiler.before_publish(move |snapshot| {
+            if let (Some(secrets), Some(next)) = (snapshot.get_shared(&secrets), snapshot.get(&servers)) {
+                secured.prepare_servers(&secrets, &servers, next);
+            }
             if let Some(table) = snapshot.get(&table) {
                 rollouts.reconcile(table);
             }

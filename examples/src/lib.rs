@@ -7,6 +7,7 @@ pub mod admin;
 pub mod cli;
 pub mod compose;
 pub mod control;
+pub mod credentials;
 pub mod demo;
 mod explain;
 mod logging;

@@ -29,6 +29,7 @@ use crate::admin::{Admin, Port};
 use crate::cli::{Common, Gateway, Sidecar};
 use crate::compose::{self, Parts};
 use crate::control::{Control, Sources};
+use crate::credentials::Places;
 use crate::security::Security;
 use crate::{demo, logging};
 
@@ -202,8 +203,10 @@ impl Proxy {
     fn prepare(binary: &'static str, role: Role, common: &Common, sources: Sources) -> Result<Self, Failure> {
         let mut context: CompileContext = common.compile_context(role);
         let runtime = tokio::runtime::Handle::current();
+        let places =
+            Places { namespace: context.workload.namespace.clone(), secret_dir: common.secret_dir.clone() };
         let security =
-            Security::new(common.identity_dir.as_deref(), common.trust_domain.as_deref(), &runtime)
+            Security::new(common.identity_dir.as_deref(), common.trust_domain.as_deref(), places, &runtime)
                 .map_err(Failure::Other)?;
         context.transport = security.transport();
         let discoverer = Discoverer::new(SystemResolver, runtime);
@@ -213,6 +216,7 @@ impl Proxy {
             access_log: AccessLogLayer::off(),
             panics: Panics::default(),
             edge: control.edge.clone(),
+            servers: (role == Role::Gateway).then(|| control.listeners.clone()),
         };
         Ok(Self {
             binary,
@@ -529,8 +533,17 @@ fn listen(
     if let ListenerProtocol::Http(_) = protocol {
         return server.listen(spec, stack);
     }
-    let (parts, security, tcp_routes) = (parts.clone(), security.clone(), tcp_routes.clone());
-    server.listen_l4(spec, move |_| compose::l4(&parts, tcp_routes.clone(), security.shard()), stack)
+    let l4 = {
+        let (parts, security, tcp_routes) = (parts.clone(), security.clone(), tcp_routes.clone());
+        move || compose::l4(&parts, tcp_routes.clone(), security.shard())
+    };
+    match &parts.servers {
+        Some(servers) if protocol == ListenerProtocol::Https => {
+            let tls = security.gateway(servers);
+            server.listen_with(spec, move |_| WithTls::new(tls.clone()).beside(l4()), stack)
+        }
+        _ => server.listen_l4(spec, move |_| l4(), stack),
+    }
 }
 
 fn bind_failure(error: &BindError, flag: &str) -> Failure {

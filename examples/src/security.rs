@@ -4,17 +4,20 @@
 //! with an identity are called over mutual TLS and PeerAuthentication is enforced; without one, a demand for it is an
 //! error that is said, and nothing goes out or comes in as plaintext in its place.
 
-use std::collections::{BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use mesh_core::config::Transport;
-use mesh_core::{Credential, CredentialFiles, Slot, UpstreamTls};
+use mesh_core::{Credential, ListenerSet, Slot, UpstreamTls};
 use mesh_route::{Cluster, Shard};
-use mesh_tls::source::{FilesError, IdentityFiles};
-use mesh_tls::{Acceptor, Connector, Credentials, Inbound, InboundTls, Material, Materials, TrustBundle};
+use mesh_tls::istio::Secrets;
+use mesh_tls::source::IdentityFiles;
+use mesh_tls::{Acceptor, Connector, Credentials, GatewayTls, Inbound, InboundTls, Materials};
 use rustls::crypto::CryptoProvider;
 use tokio::runtime::Handle;
+
+use crate::credentials::{Known, Places};
 
 /// The identity of a proxy and the credentials of its clusters.
 #[derive(Clone, Debug)]
@@ -23,6 +26,9 @@ pub struct Security {
     acceptor: Acceptor,
     connector: Connector,
     credentials: Arc<Known>,
+    servers: Arc<Known>,
+    provider: Arc<CryptoProvider>,
+    gateway: Arc<OnceLock<GatewayTls>>,
     trust_domain: Option<String>,
 }
 
@@ -32,7 +38,12 @@ impl Security {
     ///
     /// # Errors
     /// When the files are missing, cannot be read, or do not go together; the words are for the user.
-    pub fn new(dir: Option<&Path>, trust_domain: Option<&str>, runtime: &Handle) -> Result<Self, String> {
+    pub fn new(
+        dir: Option<&Path>,
+        trust_domain: Option<&str>,
+        places: Places,
+        runtime: &Handle,
+    ) -> Result<Self, String> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mesh = match dir {
             None => Materials::none(),
@@ -45,17 +56,18 @@ impl Security {
                 mesh
             }
         };
-        let credentials = Arc::new(Known {
-            provider: Arc::clone(&provider),
-            runtime: runtime.clone(),
-            known: Mutex::default(),
-        });
+        let known = |system_roots| {
+            Arc::new(Known::new(Arc::clone(&provider), runtime.clone(), places.clone(), system_roots))
+        };
+        let (credentials, servers) = (known(true), known(false));
         let acceptor =
             Acceptor::mutual(mesh.clone(), Arc::clone(&provider)).map_err(|error| error.to_string())?;
-        let connector = Connector::new(mesh.clone(), provider)
+        let connector = Connector::new(mesh.clone(), Arc::clone(&provider))
             .credentials(Arc::clone(&credentials) as Arc<dyn Credentials>);
         let trust_domain = trust_domain.map(str::to_owned);
-        let security = Self { mesh, acceptor, connector, credentials, trust_domain };
+        let gateway = Arc::default();
+        let security =
+            Self { mesh, acceptor, connector, credentials, servers, provider, gateway, trust_domain };
         security.set_trust_domains([]);
         Ok(security)
     }
@@ -64,7 +76,7 @@ impl Security {
     #[must_use]
     pub fn transport(&self) -> Transport {
         let has_identity = self.mesh.load().identity.is_some();
-        Transport { originates: true, terminates: has_identity, has_identity }
+        Transport { originates: true, terminates: has_identity, terminates_servers: true, has_identity }
     }
 
     /// The materials of the mesh.
@@ -83,6 +95,26 @@ impl Security {
     #[must_use]
     pub fn inbound(&self, modes: Slot<InboundTls>) -> Inbound {
         Inbound::new(self.acceptor.clone(), modes)
+    }
+
+    /// What ends TLS on the ports of a gateway, whose servers are in `listeners`.
+    #[must_use]
+    pub fn gateway(&self, listeners: &Slot<ListenerSet>) -> GatewayTls {
+        let make = || {
+            let others = Arc::clone(&self.servers) as Arc<dyn Credentials>;
+            GatewayTls::new(self.mesh.clone(), others, Arc::clone(&self.provider), listeners.clone())
+        };
+        self.gateway.get_or_init(make).clone()
+    }
+
+    /// Takes the secrets of a configuration, and gets the servers of its gateways ready.
+    pub fn prepare_servers(&self, secrets: &Arc<Secrets>, listeners: &Slot<ListenerSet>, next: &ListenerSet) {
+        self.credentials.set_secrets(secrets);
+        self.servers.set_secrets(secrets);
+        for credential in next.terminating().flat_map(|tls| &tls.credentials) {
+            self.servers.prepare(credential);
+        }
+        self.gateway(listeners).prepare(next);
     }
 
     /// Believes workloads of these trust domains, and of our own.
@@ -104,80 +136,4 @@ impl Security {
             }
         }
     }
-}
-
-/// Credentials of clusters by what names them. They are read when a configuration names them, never by a worker.
-struct Known {
-    provider: Arc<CryptoProvider>,
-    runtime: Handle,
-    known: Mutex<HashMap<Credential, Materials>>,
-}
-
-impl Known {
-    fn prepare(&self, credential: &Credential) {
-        if self.find(credential).is_some() {
-            return;
-        }
-        match self.read(credential) {
-            Ok(materials) => {
-                self.known
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .insert(credential.clone(), materials);
-            }
-            Err(reason) => {
-                tracing::error!("connections that need these credentials will fail: {reason}");
-            }
-        }
-    }
-
-    fn read(&self, credential: &Credential) -> Result<Materials, String> {
-        let Credential::Files(files) = credential else {
-            return Err(format!("{credential:?} is not known here"));
-        };
-        let (material, following) = identity_files(files)
-            .open(Arc::clone(&self.provider))
-            .map_err(|error: FilesError| error.to_string())?;
-        let material = if files.roots.is_empty() {
-            Material { bundle: Arc::new(system_roots()?), ..material }
-        } else {
-            material
-        };
-        let materials = Materials::new(material);
-        if !files.roots.is_empty() {
-            self.runtime.spawn(following.run(materials.clone()));
-        }
-        Ok(materials)
-    }
-}
-
-impl Credentials for Known {
-    fn find(&self, credential: &Credential) -> Option<Materials> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).get(credential).cloned()
-    }
-}
-
-impl std::fmt::Debug for Known {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Known").finish_non_exhaustive()
-    }
-}
-
-fn identity_files(files: &CredentialFiles) -> IdentityFiles {
-    let path = |name: &str| (!name.is_empty()).then(|| PathBuf::from(name));
-    IdentityFiles {
-        certificate: path(&files.certificate),
-        key: path(&files.key),
-        roots: path(&files.roots),
-        revoked: path(&files.revoked),
-    }
-}
-
-/// The authorities that the system believes.
-fn system_roots() -> Result<TrustBundle, String> {
-    let found = rustls_native_certs::load_native_certs();
-    for error in &found.errors {
-        tracing::warn!(%error, "an authority of the system cannot be read");
-    }
-    TrustBundle::new(found.certs).map_err(|error| format!("the authorities of the system: {error}"))
 }

@@ -2,6 +2,14 @@
 //!
 //! Selection comes before everything that is per route, and happens once. A layer that changes what routing looked at
 //! asks for it again with [`reselect`]; nothing is implicit.
+//!
+//! At a gateway that ends TLS, a request comes over a connection whose handshake was that of one server. A client that
+//! has a certificate's other names in mind may ask for the host of another server over the same connection (HTTP/2 calls
+//! it coalescing); it is told 421, and asks again over a connection of its own (RFC 9110 §15.5.20). Whether the handshake
+//! was good enough for that host is what [`Servers::is_misdirected`] says. Istio answers 404 there, which clients take
+//! for an answer.
+//!
+//! [`Servers::is_misdirected`]: mesh_core::Servers::is_misdirected
 
 use std::future::Future;
 use std::pin::Pin;
@@ -9,7 +17,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::{Request, StatusCode};
-use mesh_core::{Direction, Error, RequestContext, ResponseFlags, Slot};
+use mesh_core::{Direction, Error, ListenerSet, RequestContext, ResponseFlags, Slot};
 use pin_project::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -51,13 +59,14 @@ use crate::table::RouteTable;
 pub struct SelectRouteLayer {
     table: Slot<RouteTable>,
     direction: Direction,
+    servers: Option<Slot<ListenerSet>>,
 }
 
 impl SelectRouteLayer {
     /// Selects from the table behind `table`, for requests that the program makes.
     #[must_use]
     pub fn new(table: Slot<RouteTable>) -> Self {
-        Self { table, direction: Direction::Outbound }
+        Self { table, direction: Direction::Outbound, servers: None }
     }
 
     /// The direction of requests that come without a context. Default outbound.
@@ -66,13 +75,26 @@ impl SelectRouteLayer {
         self.direction = direction;
         self
     }
+
+    /// Answers 421 to requests that come over a TLS connection to another server of a gateway. Default: the name that
+    /// was asked for in the handshake is not looked at.
+    #[must_use]
+    pub fn servers(mut self, servers: Slot<ListenerSet>) -> Self {
+        self.servers = Some(servers);
+        self
+    }
 }
 
 impl<S> Layer<S> for SelectRouteLayer {
     type Service = SelectRoute<S>;
 
     fn layer(&self, inner: S) -> SelectRoute<S> {
-        SelectRoute { inner, table: self.table.clone(), direction: self.direction }
+        SelectRoute {
+            inner,
+            table: self.table.clone(),
+            direction: self.direction,
+            servers: self.servers.clone(),
+        }
     }
 }
 
@@ -82,6 +104,7 @@ pub struct SelectRoute<S> {
     inner: S,
     table: Slot<RouteTable>,
     direction: Direction,
+    servers: Option<Slot<ListenerSet>>,
 }
 
 impl<S, B> Service<Request<B>> for SelectRoute<S>
@@ -99,7 +122,8 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         RequestContext::ensure(request.extensions_mut(), self.direction);
-        match reselect(&self.table, &request) {
+        let directed = self.servers.as_ref().map_or(Ok(()), |servers| directed(servers, &request));
+        match directed.and_then(|()| reselect(&self.table, &request)) {
             Ok(()) => ResponseFuture(State::Selected(self.inner.call(request))),
             Err(error) => ResponseFuture(State::Lost(Some(error))),
         }
@@ -117,6 +141,25 @@ pub fn reselect<B>(table: &Slot<RouteTable>, request: &Request<B>) -> Result<(),
         .and_then(|table| table.select(&RequestView::new(request, context.conn()), context.conn()))
         .ok_or_else(not_found)?;
     context.pin_route(Arc::clone(route) as _);
+    Ok(())
+}
+
+/// 421 when the connection's handshake was that of another server than the request is for.
+fn directed<B>(servers: &Slot<ListenerSet>, request: &Request<B>) -> Result<(), Error> {
+    let Some(context) = request.extensions().get::<RequestContext>() else { return Ok(()) };
+    let conn = context.conn();
+    if !conn.tls {
+        return Ok(());
+    }
+    let listener = servers.get(context).and_then(|set| set.port(conn.port));
+    let authority = RequestView::new(request, conn).authority;
+    if listener.is_some_and(|listener| listener.servers.is_misdirected(conn, authority)) {
+        return Err(Error::local_reply(
+            StatusCode::MISDIRECTED_REQUEST,
+            ResponseFlags::NONE,
+            "misdirected_request",
+        ));
+    }
     Ok(())
 }
 

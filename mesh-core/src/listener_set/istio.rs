@@ -189,9 +189,9 @@ impl ListenerSet {
                 if let (Some(tls), Some(settings)) = (&tls, &server.tls) {
                     check(tls, settings, gateway.doc, &format!("spec.servers[{at}].tls"), diags);
                 }
-                let hosts =
-                    server.hosts.iter().map(|host| host.split_once('/').map_or(&**host, |(_, host)| host));
-                let server = GatewayServer { hosts: hosts.map(str::to_owned).collect(), tls };
+                let namespace = &gateway.meta.namespace;
+                let hosts = server.hosts.iter().flat_map(|host| names(host, namespace, &cx.cluster_domain));
+                let server = GatewayServer { hosts: hosts.collect(), tls };
                 for taken in listener.servers.push(server) {
                     let message = format!("an older server of port {port} has {taken:?}, and keeps it");
                     diags.warning_at(gateway.doc, format!("spec.servers[{at}].hosts"), message);
@@ -200,6 +200,14 @@ impl ListenerSet {
         }
         Self { listeners: listeners.into_values().collect() }
     }
+}
+
+/// The names that a host stands for: a short one is also that of a service in the gateway's namespace.
+fn names(host: &str, namespace: &str, cluster_domain: &str) -> Vec<String> {
+    let host = host.split_once('/').map_or(host, |(_, host)| host);
+    let service = format!("{host}.{namespace}.svc.{cluster_domain}");
+    let is_short = host != "*" && !host.contains('.');
+    std::iter::once(host.to_owned()).chain(is_short.then_some(service)).collect()
 }
 
 /// The suites of TLS 1.2 with forward secrecy and authenticated encryption: there are no others.

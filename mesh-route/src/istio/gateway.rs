@@ -1,4 +1,11 @@
 //! The routes of a gateway: what its servers expose, by the virtual services that are attached to them.
+//!
+//! A table is keyed by the port, and plain servers of one port share its hosts, as in Istio. Servers that end TLS do not:
+//! a virtual service is there at a host only through the server that the host belongs to ([`Servers::of`]), or one that
+//! shakes hands alike. What is exposed behind a demand for client certificates is not to be had over a connection
+//! without one.
+//!
+//! [`Servers::of`]: mesh_core::Servers::of
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,8 +14,10 @@ use mesh_core::diagnostics::Diagnostics;
 use mesh_core::istio::Resource;
 use mesh_core::istio::effective::host::is_covered_by;
 use mesh_core::istio::effective::scope::is_subset;
-use mesh_core::istio::types::gateway::Gateway;
+use mesh_core::istio::types::gateway::{Gateway, Server};
 use mesh_core::istio::types::virtual_service::HttpRoute;
+use mesh_core::server::ListenerProtocol;
+use mesh_core::{ListenerSet, ServerTls, Servers};
 
 use super::clusters::Clusters;
 use super::delegate;
@@ -28,7 +37,14 @@ pub(super) fn table<'m>(
         clusters.all_of(service);
     }
     let mut rules: Vec<Option<Vec<(String, HttpRoute)>>> = vec![None; mesh.set.virtual_services().len()];
-    for (port, exposed) in exposed(mesh) {
+    // Registered as a model of its own, which says what is wrong with it.
+    let listeners = ListenerSet::of(mesh.set, mesh.cx, &mut Diagnostics::default());
+    for (port, mut exposed) in exposed(mesh) {
+        let listener = listeners.port(port);
+        let ends_tls = listener.is_some_and(|listener| listener.protocol == ListenerProtocol::Https);
+        // A port speaks one of the two.
+        exposed.retain(|server| server.tls.is_some() == ends_tls);
+        let servers = listener.map(|listener| &listener.servers);
         let mut hosts: BTreeMap<String, Vec<Arc<Route>>> = BTreeMap::new();
         let mut redirected: Vec<String> = Vec::new();
         for server in exposed.iter().filter(|server| server.redirects) {
@@ -46,7 +62,9 @@ pub(super) fn table<'m>(
             }
             let mut domains: Vec<String> = Vec::new();
             for host in resource.spec.hosts.iter().map(|host| mesh.resolve(host, namespace)) {
-                for (scope, served) in attached.iter().flat_map(|server| &server.hosts) {
+                let served =
+                    attached.iter().flat_map(|server| server.hosts.iter().map(move |host| (server, host)));
+                for (server, (scope, served)) in served {
                     if !(scope == "*" || scope == namespace) {
                         continue;
                     }
@@ -58,7 +76,7 @@ pub(super) fn table<'m>(
                     } else {
                         continue;
                     };
-                    if !domains.contains(domain) {
+                    if server.has(domain, servers) && !domains.contains(domain) {
                         domains.push(domain.clone());
                     }
                 }
@@ -73,7 +91,10 @@ pub(super) fn table<'m>(
                 hosts.entry(domain).or_default().extend(routes.iter().cloned());
             }
         }
-        for host in &redirected {
+        // The hosts of a server that ends TLS are its own, also where it has no routes for them.
+        let terminated = exposed.iter().filter(|server| server.tls.is_some());
+        let own = terminated.flat_map(|server| server.hosts.iter().map(|(_, host)| host));
+        for host in redirected.iter().chain(own) {
             hosts.entry(host.clone()).or_default();
         }
         for (host, mut routes) in hosts {
@@ -90,19 +111,33 @@ pub(super) fn table<'m>(
     table
 }
 
-/// One plain server of a gateway that selects the workload.
+/// One server of HTTP of a gateway that selects the workload.
 struct Exposed {
     gateway: String,
     namespace: String,
     /// Which namespaces' virtual services may bind which host.
     hosts: Vec<(String, String)>,
     redirects: bool,
+    /// How it ends TLS; `None` for plain HTTP.
+    tls: Option<ServerTls>,
+}
+
+impl Exposed {
+    /// Whether what is attached to this server is there at `domain`: not where a server that shakes hands otherwise has
+    /// the name.
+    fn has(&self, domain: &str, servers: Option<&Servers>) -> bool {
+        self.tls.is_none()
+            || servers
+                .and_then(|servers| servers.of(Some(domain)))
+                .is_some_and(|owner| owner.tls.as_deref() == self.tls.as_ref())
+    }
 }
 
 fn exposed(mesh: &Mesh<'_>) -> BTreeMap<u16, Vec<Exposed>> {
     let mut ports: BTreeMap<u16, Vec<Exposed>> = BTreeMap::new();
     for gateway in mesh.set.gateways().iter().filter(|gateway| is_selected(gateway, mesh)) {
-        for server in gateway.spec.servers.iter().filter(|server| server.is_plain_http()) {
+        let is_http = |server: &&Server| server.is_plain_http() || server.is_terminated(mesh.cx.transport);
+        for server in gateway.spec.servers.iter().filter(is_http) {
             let Some(port) = server.port.as_ref().and_then(|port| u16::try_from(port.number).ok()) else {
                 continue;
             };
@@ -116,7 +151,9 @@ fn exposed(mesh: &Mesh<'_>) -> BTreeMap<u16, Vec<Exposed>> {
                 gateway: format!("{namespace}/{}", gateway.meta.name),
                 namespace: namespace.clone(),
                 hosts: hosts.collect(),
-                redirects: server.tls.as_ref().is_some_and(|tls| tls.https_redirect),
+                redirects: server.is_plain_http()
+                    && server.tls.as_ref().is_some_and(|tls| tls.https_redirect),
+                tls: server.server_tls(mesh.cx.transport),
             });
         }
     }

@@ -4,7 +4,7 @@
 use mesh_core::config::CompileContext;
 use mesh_core::diagnostics::Diagnostics;
 use mesh_core::istio::types::destination_rule::{ClientTlsMode, ClientTlsSettings, DestinationRule};
-use mesh_core::istio::types::gateway::Server;
+use mesh_core::istio::types::gateway::{Server, ServerTlsMode};
 use mesh_core::istio::types::service_entry::Resolution;
 use mesh_core::istio::{Resource, ResourceSet};
 
@@ -220,6 +220,9 @@ pub(super) fn honour(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnos
             if server.is_plain_http() {
                 diags.honour(resource.doc, &format!("spec.servers[{at}].port"));
                 honour_redirect(server, resource.doc, at, diags);
+            } else if server.is_terminated(cx.transport) {
+                diags.honour(resource.doc, &format!("spec.servers[{at}].port"));
+                honour_termination(server, resource.doc, at, diags);
             }
         }
     }
@@ -253,6 +256,40 @@ fn is_socket(address: &str) -> bool {
 fn honour_redirect(server: &Server, doc: mesh_core::diagnostics::DocId, at: usize, diags: &mut Diagnostics) {
     if server.tls.as_ref().is_some_and(|tls| tls.https_redirect) {
         diags.honour(doc, &format!("spec.servers[{at}].tls.httpsRedirect"));
+    }
+}
+
+/// What is ended is honoured, but for two: a redirect is for plain HTTP, and the mesh knows its workloads by identity and
+/// not by the hashes of their certificates, which are renewed.
+fn honour_termination(
+    server: &Server,
+    doc: mesh_core::diagnostics::DocId,
+    at: usize,
+    diags: &mut Diagnostics,
+) {
+    let Some(tls) = &server.tls else { return };
+    let mut fields = vec![
+        "mode",
+        "serverCertificate",
+        "privateKey",
+        "caCertificates",
+        "caCrl",
+        "credentialName",
+        "credentialNames",
+        "tlsCertificates",
+        "subjectAltNames",
+        "minProtocolVersion",
+        "maxProtocolVersion",
+        "cipherSuites",
+    ];
+    if tls.mode != ServerTlsMode::IstioMutual {
+        fields.extend(["verifyCertificateSpki", "verifyCertificateHash"]);
+    }
+    if !tls.https_redirect {
+        fields.push("httpsRedirect");
+    }
+    for field in fields {
+        diags.honour(doc, &format!("spec.servers[{at}].tls.{field}"));
     }
 }
 

@@ -39,7 +39,7 @@ pub(crate) fn run(reloads: u32) -> bool {
         let (set, diagnostics) = ResourceSet::load(&[file], &LoadOptions::default());
         compiler.apply(&set, diagnostics).accepted
     };
-    let parts = Parts { access_log: AccessLogLayer::off(), panics: Panics::default(), edge };
+    let parts = Parts { access_log: AccessLogLayer::off(), panics: Panics::default(), edge, servers: None };
     let server = Server::builder().workers(1).snapshots(compiler.snapshots().clone()).start();
     let server = server.unwrap_or_else(|error| panic!("a server: {error}"));
     let (longest, on) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(true)));
