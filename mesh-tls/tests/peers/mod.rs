@@ -1,4 +1,5 @@
 //! Workloads, good and bad.
+#![allow(dead_code, reason = "each test file has a use for another part")]
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -60,7 +61,20 @@ impl Peer {
         Leaf::read(&self.chain[0]).unwrap().serial
     }
 
-    fn key(&self) -> PrivateKeyDer<'static> {
+    /// What it is as the certificate of a server.
+    pub(crate) fn identity(&self) -> Identity {
+        Identity::new(self.chain.clone(), self.key(), &provider()).unwrap()
+    }
+
+    pub(crate) fn der(&self) -> &CertificateDer<'static> {
+        &self.chain[0]
+    }
+
+    pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
+        self.chain.clone()
+    }
+
+    pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
         PrivatePkcs8KeyDer::from(self.key.clone()).into()
     }
 
@@ -120,10 +134,14 @@ fn uri(text: &str) -> SanType {
 
 /// A workload that differs from a good one by this.
 pub(crate) fn leaf(ca: &Ca, differs: impl FnOnce(&mut CertificateParams)) -> Peer {
+    leaf_of(ca, &KeyPair::generate().unwrap(), differs)
+}
+
+/// [`leaf`], with a key of one's own.
+pub(crate) fn leaf_of(ca: &Ca, key: &KeyPair, differs: impl FnOnce(&mut CertificateParams)) -> Peer {
     let mut params = params();
     differs(&mut params);
-    let key = KeyPair::generate().unwrap();
-    let signed = params.signed_by(&key, &ca.issuer()).unwrap();
+    let signed = params.signed_by(key, &ca.issuer()).unwrap();
     Peer { chain: vec![signed.der().clone()], key: key.serialize_der() }
 }
 
