@@ -341,9 +341,14 @@ async fn a_gateway_serves_its_servers_and_follows_its_configuration() {
             .map(|l| l["name"].as_str().unwrap().to_owned())
             .collect()
     };
-    assert_eq!(names(&get_json(admin, "/listeners").await), ["http"], "TLS is never served in plaintext");
+    assert_eq!(names(&get_json(admin, "/listeners").await), ["http", "https"]);
+    // Its secret is missing: it answers no handshake, and plaintext not at all.
+    let request = "GET / HTTP/1.1\r\nhost: a.example.com\r\n\r\n";
+    let answer = send(process.address("https"), request).await;
+    assert!(answer.closed && answer.bytes.is_empty(), "TLS is never served in plaintext");
     dir.replace("mesh.yaml", &gateway(&format!("{plain}{redirect}")));
-    until("the redirecting server", async || names(&get_json(admin, "/listeners").await).len() == 2).await;
+    let redirects = async || names(&get_json(admin, "/listeners").await) == ["http", "redirect"];
+    until("the redirecting server", redirects).await;
     let listeners = get_json(admin, "/listeners").await;
     let address = |name: &str| -> SocketAddr {
         let all = listeners["listeners"].as_array().unwrap();

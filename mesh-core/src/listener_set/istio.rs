@@ -189,8 +189,10 @@ impl ListenerSet {
                 if let (Some(tls), Some(settings)) = (&tls, &server.tls) {
                     check(tls, settings, gateway.doc, &format!("spec.servers[{at}].tls"), diags);
                 }
-                let namespace = &gateway.meta.namespace;
-                let hosts = server.hosts.iter().flat_map(|host| names(host, namespace, &cx.cluster_domain));
+                // Which namespaces may bind a host is a matter of routes.
+                let hosts = server.hosts.iter();
+                let hosts =
+                    hosts.map(|host| host.split_once('/').map_or(&**host, |(_, host)| host).to_owned());
                 let server = GatewayServer { hosts: hosts.collect(), tls };
                 for taken in listener.servers.push(server) {
                     let message = format!("an older server of port {port} has {taken:?}, and keeps it");
@@ -200,14 +202,6 @@ impl ListenerSet {
         }
         Self { listeners: listeners.into_values().collect() }
     }
-}
-
-/// The names that a host stands for: a short one is also that of a service in the gateway's namespace.
-fn names(host: &str, namespace: &str, cluster_domain: &str) -> Vec<String> {
-    let host = host.split_once('/').map_or(host, |(_, host)| host);
-    let service = format!("{host}.{namespace}.svc.{cluster_domain}");
-    let is_short = host != "*" && !host.contains('.');
-    std::iter::once(host.to_owned()).chain(is_short.then_some(service)).collect()
 }
 
 /// The suites of TLS 1.2 with forward secrecy and authenticated encryption: there are no others.
@@ -265,5 +259,113 @@ impl Compile<ResourceSet> for ListenerSet {
 
     fn closed(_: &CompileContext) -> Self {
         Self::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::istio::{LoadOptions, SourceFile};
+
+    fn compile(servers: &str) -> (ListenerSet, Vec<String>) {
+        let text = format!(
+            "apiVersion: networking.istio.io/v1\nkind: Gateway\nmetadata: {{name: edge}}\nspec: {{servers: [{servers}]}}\n"
+        );
+        let (set, mut diags) = ResourceSet::load(&[SourceFile::new("a.yaml", text)], &LoadOptions::default());
+        assert!(!diags.has_errors(), "{diags}");
+        let mut cx = CompileContext::new(Role::Gateway);
+        cx.transport.terminates_servers = true;
+        let listeners = ListenerSet::compile(&set, &cx, &mut diags).unwrap();
+        (listeners, diags.iter().map(|found| format!("{}: {}", found.path, found.message)).collect())
+    }
+
+    fn https(hosts: &str, tls: &str) -> String {
+        format!(
+            "{{port: {{number: 443, name: https{}, protocol: HTTPS}}, hosts: {hosts}, tls: {{{tls}}}}}",
+            hosts.len()
+        )
+    }
+
+    fn one(tls: &str) -> (ServerTls, Vec<String>) {
+        let (set, said) = compile(&https("['*']", tls));
+        let tls = set.terminating().next().map(|tls| ServerTls::clone(tls)).unwrap();
+        (tls, said)
+    }
+
+    #[test]
+    fn gw_04_servers_of_tls_share_a_port_and_no_other_does() {
+        let passthrough = https("[p.example.com]", "mode: PASSTHROUGH");
+        let simple = https("[ns/a.example.com]", "mode: SIMPLE, credentialName: a");
+        for servers in [format!("{passthrough}, {simple}"), format!("{simple}, {passthrough}")] {
+            let (set, said) = compile(&servers);
+            assert!(said.is_empty(), "{said:?}");
+            let listener = set.port(443).unwrap();
+            assert_eq!((set.listeners.len(), listener.protocol), (1, ListenerProtocol::Https));
+            let ends = |name: &str| listener.servers.of(Some(name)).map(|server| server.tls.is_some());
+            assert_eq!(ends("p.example.com"), Some(false));
+            assert_eq!(ends("a.example.com"), Some(true));
+            assert_eq!(ends("b.example.com"), None);
+        }
+        let plain = "{port: {number: 443, name: http, protocol: HTTP}, hosts: ['*']}";
+        let (set, said) = compile(&format!("{simple}, {plain}"));
+        assert_eq!(set.port(443).unwrap().protocol, ListenerProtocol::Https);
+        assert!(said[0].contains("spec.servers[1].port: the port speaks https"), "{said:?}");
+        let again = https("[b.example.com, a.example.com]", "mode: SIMPLE, credentialName: b");
+        let (_, said) = compile(&format!("{simple}, {again}"));
+        assert_eq!(
+            said,
+            ["spec.servers[1].hosts: an older server of port 443 has \"a.example.com\", and keeps it"]
+        );
+    }
+
+    #[test]
+    fn gw_05_where_certificates_are() {
+        let secret = |name: &str| Credential::Secret(name.to_owned());
+        let (tls, _) = one("mode: SIMPLE, credentialName: a");
+        assert_eq!((tls.credentials, tls.client_certificate), (vec![secret("a")], ClientCertificate::None));
+        let (tls, _) = one("mode: OPTIONAL_MUTUAL, credentialNames: [a, b]");
+        assert_eq!(tls.credentials, [secret("a"), secret("b")]);
+        assert_eq!(tls.client_certificate, ClientCertificate::Optional);
+        let files = |certificate: &str, key: &str, roots: &str, revoked: &str| {
+            let [certificate, key, roots, revoked] = [certificate, key, roots, revoked].map(str::to_owned);
+            Credential::Files(CredentialFiles { certificate, key, roots, revoked })
+        };
+        let (tls, _) = one("mode: MUTUAL, serverCertificate: c, privateKey: k, caCertificates: r, caCrl: l");
+        assert_eq!(
+            (tls.credentials, tls.client_certificate),
+            (vec![files("c", "k", "r", "l")], ClientCertificate::Required)
+        );
+        let (tls, _) = one(
+            "mode: SIMPLE, tlsCertificates: [{serverCertificate: c, privateKey: k}, {serverCertificate: d, privateKey: l}]",
+        );
+        assert_eq!(tls.credentials, [files("c", "k", "", ""), files("d", "l", "", "")]);
+    }
+
+    #[test]
+    fn gw_06_hashes_and_versions() {
+        let hex = "AB:".repeat(31) + "cd";
+        let base64 = STANDARD.encode([7; 32]);
+        let (tls, said) = one(&format!(
+            "mode: MUTUAL, credentialName: a, verifyCertificateSpki: ['{base64}'], verifyCertificateHash: ['{hex}']"
+        ));
+        assert!(said.is_empty(), "{said:?}");
+        assert_eq!(tls.spki_hashes, [[7; 32]]);
+        assert_eq!((tls.certificate_hashes[0][0], tls.certificate_hashes[0][31]), (0xab, 0xcd));
+        assert_eq!((tls.min_version, tls.max_version), (TlsVersion::V1_2, None));
+        for (field, value) in [("verifyCertificateSpki", "YWJj"), ("verifyCertificateHash", "abc")] {
+            let (_, said) = one(&format!("mode: MUTUAL, credentialName: a, {field}: ['{value}']"));
+            assert!(said[0].starts_with(&format!("spec.servers[0].tls.{field}: expected")), "{said:?}");
+        }
+        let (tls, said) = one(
+            "mode: SIMPLE, credentialName: a, minProtocolVersion: TLSV1_1, maxProtocolVersion: TLSV1_1, cipherSuites: [ALL, AES128-SHA]",
+        );
+        assert_eq!((tls.min_version, tls.max_version), (TlsVersion::Older, Some(TlsVersion::Older)));
+        for expected in
+            ["cipherSuites[1]: \"AES128-SHA\" is not offered", "the lowest is TLSV1_2", "no version is left"]
+        {
+            assert!(said.iter().any(|said| said.contains(expected)), "{expected}: {said:?}");
+        }
+        let (tls, said) = one("mode: SIMPLE, credentialName: a, minProtocolVersion: TLSV1_3");
+        assert_eq!((tls.min_version, said.len()), (TlsVersion::V1_3, 0));
     }
 }

@@ -1,5 +1,6 @@
 //! What a gateway exposes: GW-01 … GW-04.
 
+use mesh_core::config::{CompileContext, Role};
 use mesh_core::diagnostics::Severity;
 
 use crate::support::*;
@@ -176,7 +177,7 @@ async fn gw_04_https_redirect_and_tls() {
         let tls = format!("hosts: ['*'], tls: {{mode: {mode}{more}}}");
         let yaml = gateway(&server("number: 443, name: a, protocol: HTTPS", &tls));
         accepted(&yaml);
-        // Nothing terminates TLS yet: no rule is served there in plain text, and that is said as an error.
+        // Where nothing terminates TLS, no rule is served there in plain text, and that is said as an error.
         let it = compile_gateway(&(reviews(&[1]) + &yaml + &rule));
         assert_eq!(it.at(443, "http://a.example.com/"), None, "{mode}");
         let left = it.set.unhonoured(&it.diags, Severity::Error);
@@ -188,4 +189,90 @@ async fn gw_04_https_redirect_and_tls() {
     let unknown =
         gateway(&server("number: 443, name: a, protocol: HTTPS", "hosts: ['*'], tls: {mode: NONE}"));
     refused(&unknown, "spec.servers[0].tls.mode", "");
+}
+
+/// Compiles for a gateway whose stack ends TLS, with an identity of its own or without.
+fn terminating(yaml: &str, has_identity: bool) -> Compiled {
+    let mut cx = CompileContext::new(Role::Gateway);
+    cx.workload.labels = [("istio".to_owned(), "ingressgateway".to_owned())].into();
+    cx.transport.terminates_servers = true;
+    cx.transport.has_identity = has_identity;
+    compile_for(&cx, yaml)
+}
+
+fn https(hosts: &str, tls: &str) -> String {
+    server("number: 443, name: https, protocol: HTTPS", &format!("hosts: {hosts}, tls: {{{tls}}}"))
+}
+
+#[test]
+fn gw_04_servers_that_end_tls_have_the_routes_of_their_port() {
+    let rule = virtual_service("default", "[a.example.com]", "gateways: [edge], ");
+    for (mode, has_identity, served) in [
+        ("mode: SIMPLE, credentialName: a", false, true),
+        ("mode: MUTUAL, credentialName: a, subjectAltNames: [b]", false, true),
+        ("mode: OPTIONAL_MUTUAL, credentialNames: [a, b]", false, true),
+        ("mode: ISTIO_MUTUAL", true, true),
+        ("mode: ISTIO_MUTUAL", false, false),
+        ("mode: AUTO_PASSTHROUGH", true, false),
+    ] {
+        let yaml = reviews(&[1]) + &gateway(&https("['*']", mode)) + &rule;
+        let it = terminating(&yaml, has_identity);
+        assert_eq!(it.at(443, "https://a.example.com/").is_some(), served, "{mode}");
+        assert_eq!(it.at(80, "http://a.example.com/"), None, "{mode}");
+        let left = it.unenforced();
+        assert_eq!(left.is_empty(), served, "{mode}: {left:?}");
+    }
+    // The mesh knows its workloads by identity; a pin on their certificates is not looked at.
+    let pinned = format!("mode: ISTIO_MUTUAL, verifyCertificateHash: ['{}']", "ab".repeat(32));
+    let it = terminating(&(reviews(&[1]) + &gateway(&https("['*']", &pinned)) + &rule), true);
+    assert_eq!(it.unenforced(), ["spec.servers[0].tls.verifyCertificateHash"]);
+}
+
+#[test]
+fn gw_04_a_name_has_the_routes_of_the_server_that_it_belongs_to() {
+    let servers = |name: &str, servers: &str| {
+        in_namespace("default", "Gateway", name, &format!("{{servers: [{servers}]}}"))
+    };
+    let rule = |name: &str, hosts: &str, gateway: &str| {
+        in_namespace(
+            "default",
+            "VirtualService",
+            name,
+            &format!(
+                "{{hosts: {hosts}, gateways: [{gateway}], http: [{{name: {name}, route: [{{destination: {{host: reviews.default.svc.cluster.local}}}}]}}]}}"
+            ),
+        )
+    };
+    // Whoever asks for the narrow name shook hands with the open server: what is behind the other is not there.
+    let wide = servers("wide", &https("['*.example.com']", "mode: MUTUAL, credentialName: a"));
+    let narrow = servers("narrow", &https("[a.example.com]", "mode: SIMPLE, credentialName: a"));
+    let guarded = rule("guarded", "['*.example.com']", "wide");
+    let it = terminating(&(reviews(&[1]) + &wide + &narrow + &guarded), false);
+    assert_eq!(it.at(443, "https://a.example.com/"), None);
+    assert_eq!(it.at(443, "https://b.example.com/").as_deref(), Some("guarded"));
+    // Nor what is attached by its exact name to the other.
+    let exact = rule("exact", "[a.example.com]", "wide");
+    let it = terminating(&(reviews(&[1]) + &wide + &narrow + &exact), false);
+    assert_eq!(it.at(443, "https://a.example.com/"), None);
+    let open = rule("open", "[a.example.com]", "narrow");
+    let it = terminating(&(reviews(&[1]) + &wide + &narrow + &guarded + &exact + &open), false);
+    assert_eq!(it.at(443, "https://a.example.com/").as_deref(), Some("open"));
+    // Two that shake hands alike are one.
+    let alike = servers("alike", &https("[a.example.com]", "mode: MUTUAL, credentialName: a"));
+    let it = terminating(&(reviews(&[1]) + &wide + &alike + &exact), false);
+    assert_eq!(it.at(443, "https://a.example.com/").as_deref(), Some("exact"));
+}
+
+#[test]
+fn gw_04_a_port_is_never_both_plain_and_secure() {
+    let plain = |hosts: &str| server("number: 443, name: http, protocol: HTTP", &format!("hosts: {hosts}"));
+    let secure = https("[a.example.com]", "mode: SIMPLE, credentialName: a");
+    let rule = virtual_service("default", "['*']", "gateways: [edge], ");
+    let yaml = |servers: &str| reviews(&[1]) + &gateway(servers) + &rule;
+    let first = terminating(&yaml(&format!("{}, {secure}", plain("[b.example.com]"))), false);
+    assert_eq!(first.at(443, "http://a.example.com/"), None);
+    assert_eq!(first.at(443, "http://b.example.com/").as_deref(), Some("v"));
+    let last = terminating(&yaml(&format!("{secure}, {}", plain("[b.example.com]"))), false);
+    assert_eq!(last.at(443, "https://a.example.com/").as_deref(), Some("v"));
+    assert_eq!(last.at(443, "http://b.example.com/"), None);
 }

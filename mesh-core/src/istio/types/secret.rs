@@ -61,3 +61,26 @@ impl fmt::Debug for Secret {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::istio::{LoadOptions, ResourceSet, SourceFile};
+
+    #[test]
+    fn gw_05_values_are_read_and_never_told() {
+        let text = "apiVersion: v1\nkind: Secret\nmetadata: {name: a}\ntype: Opaque\nimmutable: true\ndata:\n  a: aHVudGVyMg==\n  b: |\n    aHVu\n    dGVyMg==\nstringData: {b: plain, c: ''}\n";
+        let (set, diags) = ResourceSet::load(&[SourceFile::new("a.yaml", text)], &LoadOptions::default());
+        assert!(diags.iter().next().is_none(), "{diags}");
+        let secret = &set.secrets()[0].spec;
+        let value = |key: &str| secret.value(key).map(|value| String::from_utf8(value).unwrap());
+        assert_eq!(value("a").as_deref(), Some("hunter2"));
+        assert_eq!(value("b").as_deref(), Some("plain"));
+        assert_eq!((value("c"), value("d")), (None, None));
+        let told = format!("{set:?}");
+        assert!(!told.contains("hunter2") && !told.contains("aHVu") && !told.contains("plain"), "{told}");
+        let broken = text.replace("aHVudGVyMg==", "hunter2!");
+        let (_, diags) = ResourceSet::load(&[SourceFile::new("a.yaml", broken)], &LoadOptions::default());
+        let said = diags.to_string();
+        assert!(said.contains("data[\"a\"]: not valid base64") && !said.contains("hunter2"), "{said}");
+    }
+}
