@@ -7,14 +7,14 @@ mod tls;
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::{Request, Version};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_testkit::process::{ConfigDir, Process};
-use mesh_testkit::raw::{exchange, get_json};
+use mesh_testkit::raw::{exchange, get, get_json};
 use mesh_testkit::until;
 use mesh_testkit::upstream::Echo;
 use mesh_tls::ca::Authority;
@@ -309,6 +309,14 @@ async fn f6_a_request_for_another_servers_host_is_misdirected() {
         assert_eq!(response.status(), expected, "{host}");
     }
     assert_eq!(app.requests(), 3);
+    // Whoever came in before certificates were asked for is asked now.
+    let [first, ..] = &servers;
+    let config = edge(app.addr, &[first.replace("SIMPLE", "MUTUAL")]) + &secret("wide", &wide, Some(&ca));
+    gateway.config.replace("mesh.yaml", &config);
+    gateway.says("generation=2").await;
+    let request = Request::get("https://a.example.com/").version(Version::HTTP_2);
+    let response = sender.send_request(request.body(Empty::new()).unwrap()).await.unwrap();
+    assert_eq!(response.status(), 421);
 }
 
 #[tokio::test]
@@ -394,6 +402,47 @@ async fn gw_04_istio_mutual_is_for_workloads_of_the_mesh() {
     assert!(!check.status.success() && said.contains("spec.servers[0].tls"), "{said}");
 }
 
+#[tokio::test]
+async fn dr_tls02_a_secret_is_for_the_way_out_as_well() {
+    let (ca, app) = (Ca::new(), Echo::start("app").await);
+    let server = [https("[in.example.com]", "{mode: MUTUAL, credentialName: own}", "https")];
+    let inner = Gateway::start(
+        &(edge(app.addr, &server) + &secret("own", &ca.issue(&["in.example.com"]), Some(&ca))),
+        &[],
+    );
+    let outer = |secret: &str| {
+        let entry = format!(
+            "{{hosts: [in.example.com], resolution: STATIC, ports: [{{number: 80, name: http, protocol: HTTP}}], endpoints: [{{address: 127.0.0.1, ports: {{http: {}}}}}]}}",
+            inner.https().port()
+        );
+        resource("ServiceEntry", "in", &entry)
+            + &resource(
+                "DestinationRule",
+                "in",
+                "{host: in.example.com, trafficPolicy: {tls: {mode: MUTUAL, credentialName: client}}}",
+            )
+            + &resource(
+                "Gateway",
+                "edge",
+                "{servers: [{port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']}]}",
+            )
+            + &resource(
+                "VirtualService",
+                "in",
+                "{hosts: [in.example.com], gateways: [edge], http: [{route: [{destination: {host: in.example.com}}]}]}",
+            )
+            + secret
+    };
+    let gateway = Gateway::start(&outer(""), &["--map-port", "80=0"]);
+    let ask = async || get(gateway.process.address("http"), "in.example.com", "/").await;
+    assert_eq!(ask().await.0, 503);
+    gateway.says("Secret default/client is neither").await;
+    gateway.config.replace("mesh.yaml", &outer(&secret("client", &ca.issue(&["device-1"]), Some(&ca))));
+    until("the secret", async || ask().await.0 == 200).await;
+    let saw: Value = serde_json::from_str(&ask().await.1).unwrap();
+    assert!(saw["headers"]["x-forwarded-client-cert"].as_str().unwrap().contains("DNS=device-1"), "{saw}");
+}
+
 /// What a command says on its outputs; `None` when there is no such command.
 async fn output(mut command: Command) -> Option<(String, String)> {
     let run = tokio::task::spawn_blocking(move || command.stdin(Stdio::null()).output());
@@ -423,7 +472,7 @@ async fn gw_05_a_renewed_secret_is_in_force_soon_and_no_connection_notices() {
     assert_eq!(h1(&mut sender, "a.example.com").await.unwrap().0, 200);
 
     // A Secret among the configuration.
-    let begun = Instant::now();
+    let begun = mesh_core::clock::now();
     gateway.config.replace("mesh.yaml", &(config.clone() + &secret("a", &second, None)));
     until("the second certificate", async || {
         client.shown(peer, "a.example.com").await.unwrap() == second.der()
@@ -437,7 +486,7 @@ async fn gw_05_a_renewed_secret_is_in_force_soon_and_no_connection_notices() {
     assert!(client.shown(peer, "d.example.com").await.is_err());
     for pair in [ca.issue(&["d.example.com"]), ca.issue(&["d.example.com"])] {
         std::fs::create_dir_all(secrets.path().join("d")).unwrap();
-        let begun = Instant::now();
+        let begun = mesh_core::clock::now();
         secrets.replace_in("d", "tls.crt", &pair.chain);
         secrets.replace_in("d", "tls.key", &pair.key);
         let shown = async || client.shown(peer, "d.example.com").await.is_ok_and(|shown| shown == pair.der());

@@ -12,8 +12,8 @@
 //! one that shook hands: one that would have asked for a client's certificate, say. Such a request is misdirected
 //! ([`Servers::is_misdirected`]), unless the other server's handshake would have been the same.
 //!
-//! A server whose TLS nothing in the build can terminate is *never* served in plaintext: it has no listener, and its
-//! `tls` is reported as not enforced.
+//! A server whose TLS nothing in the build can terminate is *never* served some other way: it has no listener, its `tls` is
+//! reported as not enforced, and on a port that others share its names are not theirs.
 
 #[cfg(feature = "istio")]
 mod istio;
@@ -53,6 +53,8 @@ pub struct GatewayListener {
 pub struct Servers {
     all: Vec<GatewayServer>,
     by_host: HostMap<usize>,
+    /// Whether one of them lets nobody in without a certificate.
+    demanding: bool,
 }
 
 /// One server of a port of TLS.
@@ -68,7 +70,7 @@ pub struct GatewayServer {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ServerTls {
     /// The certificates that it shows, of which the client's algorithms choose; the authorities for clients are those of
-    /// the first. [`Credential::Mesh`] is the workload's own identity, and its clients are workloads of the mesh.
+    /// the first. Without one no handshake is answered. [`Credential::Mesh`] is the workload's own identity, and its clients are workloads of the mesh.
     pub credentials: Vec<Credential>,
     /// Whether clients show a certificate.
     pub client_certificate: ClientCertificate,
@@ -128,12 +130,19 @@ impl ListenerSet {
     }
 }
 
+impl GatewayServer {
+    fn demands(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.client_certificate == ClientCertificate::Required)
+    }
+}
+
 impl Servers {
     /// Adds a server. A name that an older server has stays with that one; such names are returned.
     pub fn push(&mut self, server: GatewayServer) -> Vec<String> {
         let at = self.all.len();
         let taken =
             server.hosts.iter().filter(|host| self.by_host.insert(host, at).is_err()).cloned().collect();
+        self.demanding |= server.demands();
         self.all.push(server);
         taken
     }
@@ -147,10 +156,17 @@ impl Servers {
     }
 
     /// Whether a request for `authority` came over a connection to another server than the one that the authority
-    /// belongs to, whose handshake would have been another one. Such a request is to be answered 421. One for a name that
-    /// no server has is not: no route will take it.
+    /// belongs to, whose handshake would have been another one; or over one that is older than the server's demand for
+    /// certificates. Such a request is to be answered 421. One for a name that no server has is not: no route will take
+    /// it.
     #[must_use]
     pub fn is_misdirected(&self, conn: &ConnInfo, authority: &str) -> bool {
+        if self.demanding
+            && conn.identity.is_none()
+            && self.of(Some(authority)).is_some_and(GatewayServer::demands)
+        {
+            return true;
+        }
         if conn.sni.as_deref().is_some_and(|sni| sni == authority) {
             return false;
         }
@@ -264,5 +280,14 @@ mod tests {
         }
         conn.sni = None;
         assert!(all.is_misdirected(&conn, "a.example.com"), "the server is gone that shook hands");
+        // A connection from before the server asked for certificates.
+        let mutual = ServerTls { client_certificate: ClientCertificate::Required, ..ServerTls::default() };
+        let mut all = Servers::default();
+        all.push(GatewayServer { hosts: vec!["a.example.com".to_owned()], tls: Some(Arc::new(mutual)) });
+        conn.sni = Some("a.example.com".into());
+        assert!(all.is_misdirected(&conn, "a.example.com"));
+        let until = std::time::SystemTime::UNIX_EPOCH;
+        conn.identity = Some(Arc::new(crate::identity::PeerInfo::new(None, until)));
+        assert!(!all.is_misdirected(&conn, "a.example.com"));
     }
 }

@@ -193,7 +193,7 @@ impl Shared {
             }
         };
         let shown = tls.credentials.iter().map(find).collect::<Result<Vec<_>, String>>()?;
-        let (first, authorities) = shown.first().cloned().ok_or("it has no certificate")?;
+        let (first, authorities) = shown.first().cloned().ok_or("nothing here can end its TLS")?;
         let is_mesh = first == Credential::Mesh;
         let provider = suites::restricted(&self.provider, &tls.cipher_suites);
         let versions = versions(tls);

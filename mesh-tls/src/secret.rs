@@ -22,10 +22,10 @@ pub struct SecretData {
     revoked: Option<Vec<u8>>,
 }
 
-/// The keys of a secret that are read.
-pub(crate) const KEYS: [&str; 7] = ["cert", "key", "cacert", "tls.crt", "tls.key", "ca.crt", "ca.crl"];
-
 impl SecretData {
+    /// The keys of a secret that are read.
+    pub const KEYS: [&str; 7] = ["cert", "key", "cacert", "tls.crt", "tls.key", "ca.crt", "ca.crl"];
+
     /// The name of the secret with the authorities for another.
     #[must_use]
     pub fn authorities_of(name: &str) -> String {
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn gw_05_the_keys_of_secrets() {
-        let all = KEYS;
+        let all = SecretData::KEYS;
         let data = read(&all, &[]);
         assert_eq!((text(&data.certificate), text(&data.key)), (Some("own/cert"), Some("own/key")));
         assert_eq!((text(&data.roots), text(&data.revoked)), (Some("own/cacert"), Some("own/ca.crl")));
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn nothing_of_a_secret_is_printed() {
-        let data = read(&KEYS, &[]);
+        let data = read(&SecretData::KEYS, &[]);
         assert_eq!(format!("{data:?}"), "SecretData { .. }");
         let provider = rustls::crypto::aws_lc_rs::default_provider();
         let broken = SecretData::read(|key| Some(format!("hunter2 {key}").into_bytes()), |_| None);

@@ -150,13 +150,18 @@ impl ListenerSet {
     #[must_use]
     pub fn of(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) -> Self {
         let mut listeners: BTreeMap<u16, GatewayListener> = BTreeMap::new();
+        let mut unserved = Vec::new();
         let selected =
             set.gateways().iter().filter(|gateway| is_subset(&gateway.spec.selector, &cx.workload.labels));
         for gateway in selected {
             for (at, server) in gateway.spec.servers.iter().enumerate() {
                 let protocol = server.listener_protocol(cx.transport);
-                let (Some(asked), Some(protocol)) = (&server.port, protocol) else { continue };
+                let Some(asked) = &server.port else { continue };
                 let Some(port) = u16::try_from(asked.number).ok().filter(|port| *port != 0) else {
+                    continue;
+                };
+                let Some(protocol) = protocol else {
+                    unserved.push((port, names(server)));
                     continue;
                 };
                 let listener = listeners.entry(port).or_insert_with(|| GatewayListener {
@@ -189,19 +194,29 @@ impl ListenerSet {
                 if let (Some(tls), Some(settings)) = (&tls, &server.tls) {
                     check(tls, settings, gateway.doc, &format!("spec.servers[{at}].tls"), diags);
                 }
-                // Which namespaces may bind a host is a matter of routes.
-                let hosts = server.hosts.iter();
-                let hosts =
-                    hosts.map(|host| host.split_once('/').map_or(&**host, |(_, host)| host).to_owned());
-                let server = GatewayServer { hosts: hosts.collect(), tls };
+                let server = GatewayServer { hosts: names(server), tls };
                 for taken in listener.servers.push(server) {
                     let message = format!("an older server of port {port} has {taken:?}, and keeps it");
                     diags.warning_at(gateway.doc, format!("spec.servers[{at}].hosts"), message);
                 }
             }
         }
+        for (port, hosts) in unserved {
+            if let Some(listener) = listeners.get_mut(&port)
+                && listener.protocol == ListenerProtocol::Https
+            {
+                // Without a certificate it answers no handshake, and neither does another for it.
+                listener.servers.push(GatewayServer { hosts, tls: Some(Arc::default()) });
+            }
+        }
         Self { listeners: listeners.into_values().collect() }
     }
+}
+
+/// The hosts of a server. Which namespaces may bind them is a matter of routes.
+fn names(server: &Server) -> Vec<String> {
+    let name = |host: &String| host.split_once('/').map_or(&**host, |(_, host)| host).to_owned();
+    server.hosts.iter().map(name).collect()
 }
 
 /// The suites of TLS 1.2 with forward secrecy and authenticated encryption: there are no others.
@@ -310,6 +325,12 @@ mod tests {
         let (set, said) = compile(&format!("{simple}, {plain}"));
         assert_eq!(set.port(443).unwrap().protocol, ListenerProtocol::Https);
         assert!(said[0].contains("spec.servers[1].port: the port speaks https"), "{said:?}");
+        // What cannot be served is not served by the one that answers to all.
+        let any = https("['*']", "mode: SIMPLE, credentialName: a");
+        let (set, _) = compile(&format!("{any}, {}", https("[m.example.com]", "mode: ISTIO_MUTUAL")));
+        let servers = &set.port(443).unwrap().servers;
+        let credentials = |name: &str| servers.of(Some(name))?.tls.as_ref().map(|tls| tls.credentials.len());
+        assert_eq!((credentials("a.example.com"), credentials("m.example.com")), (Some(1), Some(0)));
         let again = https("[b.example.com, a.example.com]", "mode: SIMPLE, credentialName: b");
         let (_, said) = compile(&format!("{simple}, {again}"));
         assert_eq!(

@@ -257,6 +257,11 @@ fn gw_04_a_name_has_the_routes_of_the_server_that_it_belongs_to() {
     let open = rule("open", "[a.example.com]", "narrow");
     let it = terminating(&(reviews(&[1]) + &wide + &narrow + &guarded + &exact + &open), false);
     assert_eq!(it.at(443, "https://a.example.com/").as_deref(), Some("open"));
+    // Nor what belongs to a server that nothing can serve.
+    let any = servers("wide", &https("['*']", "mode: SIMPLE, credentialName: a"));
+    let unserved = servers("narrow", &https("[a.example.com]", "mode: ISTIO_MUTUAL"));
+    let it = terminating(&(reviews(&[1]) + &any + &unserved + &exact), false);
+    assert_eq!(it.at(443, "https://a.example.com/"), None);
     // Two that shake hands alike are one.
     let alike = servers("alike", &https("[a.example.com]", "mode: MUTUAL, credentialName: a"));
     let it = terminating(&(reviews(&[1]) + &wide + &alike + &exact), false);

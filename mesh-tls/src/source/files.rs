@@ -13,7 +13,7 @@ use rustls::crypto::CryptoProvider;
 
 use super::{Identity, InvalidIdentity, Material, Materials};
 use crate::bundle::TrustBundle;
-use crate::secret::{KEYS, SecretData};
+use crate::secret::SecretData;
 
 /// The names that files of an identity have: certificate, key, authorities.
 const NAMES: [[&str; 3]; 2] =
@@ -167,7 +167,10 @@ impl SecretFiles {
     }
 
     fn paths(&self) -> Vec<PathBuf> {
-        [&self.own, &self.authorities].iter().flat_map(|dir| KEYS.map(|key| dir.join(key))).collect()
+        [&self.own, &self.authorities]
+            .iter()
+            .flat_map(|dir| SecretData::KEYS.map(|key| dir.join(key)))
+            .collect()
     }
 
     fn material(&self, files: &[SourceFile], provider: &CryptoProvider) -> Result<Material, FilesError> {
