@@ -313,10 +313,12 @@ async fn f6_a_request_for_another_servers_host_is_misdirected() {
     let [first, ..] = &servers;
     let config = edge(app.addr, &[first.replace("SIMPLE", "MUTUAL")]) + &secret("wide", &wide, Some(&ca));
     gateway.config.replace("mesh.yaml", &config);
-    gateway.says("generation=2").await;
-    let request = Request::get("https://a.example.com/").version(Version::HTTP_2);
-    let response = sender.send_request(request.body(Empty::new()).unwrap()).await.unwrap();
-    assert_eq!(response.status(), 421);
+    until("a demand", async || {
+        let request = Request::get("https://a.example.com/").version(Version::HTTP_2);
+        let response = sender.send_request(request.body(Empty::new()).unwrap()).await.unwrap();
+        response.status() == 421
+    })
+    .await;
 }
 
 #[tokio::test]
