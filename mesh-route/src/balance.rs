@@ -217,8 +217,26 @@ impl Balancer {
                 }
                 picked = draw()?;
             }
+            // As a last resort by looking: draws may miss the only one that is left.
+            if choice.tried.contains(&picked.id()) {
+                picked = self.untried(choice, rng).unwrap_or(picked);
+            }
         }
         Some(picked)
+    }
+
+    /// One of the endpoints that take requests now and were not tried; `None` when all were.
+    fn untried(&self, choice: &Choice<'_>, rng: &mut impl Rng) -> Option<&Arc<Endpoint>> {
+        let parts =
+            || self.levels.iter().filter(|level| level.load.percent > 0).flat_map(|level| &level.parts);
+        let left = || {
+            let all = parts().flat_map(|part| part.endpoints.iter());
+            all.filter(|endpoint| !choice.tried.contains(&endpoint.id()))
+        };
+        match left().count() {
+            0 => None,
+            count => left().nth(rng.random_range(0..count)),
+        }
     }
 
     fn pick_of<'e, R: Rng>(

@@ -81,7 +81,8 @@ impl Pool {
                 && conn.meta.is_fresh(|| now)
                 && conn.meta.idle_timeout.is_none_or(|timeout| idle < timeout)
         });
-        self.connecting > 0 || !self.conns.is_empty()
+        // Who waits for a connection that is being made holds `changed`, and finds here what came of it.
+        self.connecting > 0 || Arc::strong_count(&self.changed) > 1 || !self.conns.is_empty()
     }
 
     fn checkout(&mut self) -> Option<Lease> {
@@ -128,9 +129,9 @@ impl Lease {
         }
         let _pending = pending(runtime, &spec.pool)?;
         let mut waited = u64::MAX;
+        let change = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
         loop {
-            let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
-            let mut changed = std::pin::pin!(changed.notified());
+            let mut changed = std::pin::pin!(change.notified());
             let mut freed = std::pin::pin!(runtime.freed.notified());
             // From here on nothing that changes is missed.
             changed.as_mut().enable();

@@ -6,60 +6,34 @@ use std::time::Duration;
 
 use http::Request;
 use http_body_util::BodyExt as _;
-use mesh_core::{Body, ClusterName, Error, Slot};
-use mesh_route::{
-    Cluster, ClusterRuntime, ClusterSpec, Clusters, Discovery, EndpointSpec, OutlierDetection, RetryBudget,
-    RetryOn, RetryPolicy, RouteBuilder, RouteTable, SelectRouteLayer, Shard, UpstreamProtocol, dispatch,
-};
+use mesh_core::Body;
+use mesh_route::{OutlierDetection, RetryBudget, RetryOn, RetryPolicy, UpstreamProtocol};
 use mesh_testkit::scripted::{Reply, Scripted};
 use mesh_testkit::until;
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use tower::util::BoxCloneSyncService;
-use tower::{ServiceBuilder, ServiceExt as _};
+use tower::ServiceExt as _;
 
-type Client = BoxCloneSyncService<Request<Body>, http::Response<Body>, Error>;
+use support::{BOTH, client, cluster_of, get, nothing_is_left};
 
-fn cluster(upstream: &Scripted, change: impl FnOnce(&mut ClusterSpec)) -> Arc<Cluster> {
-    let endpoints = Discovery::Static(vec![EndpointSpec::new(upstream.addr)]);
-    let mut spec = ClusterSpec::new(ClusterName::custom("up"), endpoints);
-    change(&mut spec);
-    let cluster = Arc::new(Cluster::new(spec));
-    Clusters::new().reconcile(std::slice::from_ref(&cluster));
-    cluster
-}
+mod connect;
+mod support;
 
-fn client(cluster: &Arc<Cluster>, route: impl FnOnce(RouteBuilder) -> RouteBuilder) -> Client {
-    let route = route(RouteBuilder::new("all")).forward(Arc::clone(cluster)).unwrap();
-    let table = RouteTable::builder().host("*", [route]).build().unwrap();
-    let stack = ServiceBuilder::new()
-        .layer(SelectRouteLayer::new(Slot::fixed(table)))
-        .service(dispatch(Shard::seeded(1)));
-    BoxCloneSyncService::new(stack)
+fn cluster(
+    upstream: &Scripted,
+    change: impl FnOnce(&mut mesh_route::ClusterSpec),
+) -> Arc<mesh_route::Cluster> {
+    cluster_of(&[upstream.addr], change)
 }
 
 /// More connections at once than a listener keeps waiting are the kernel's business, in real time.
 const AT_ONCE: usize = 100;
 
-fn get() -> Request<Body> {
-    Request::get("http://up/").body(Body::empty()).unwrap()
-}
-
-/// Nothing is in flight, and of connections only those that are kept.
-async fn nothing_is_left(cluster: &Cluster) {
-    let runtime: &ClusterRuntime = cluster.runtime().unwrap();
-    until("every count to be given back", async || {
-        let in_flight: u32 = cluster.endpoints().iter().map(|endpoint| endpoint.in_flight()).sum();
-        (runtime.requests(), runtime.pending(), runtime.retries(), in_flight) == (0, 0, 0, 0)
-    })
-    .await;
-}
-
 #[tokio::test(start_paused = true)]
 async fn a3_an_upstream_that_never_answers_is_given_up_in_time() {
-    for protocol in [UpstreamProtocol::Http1, UpstreamProtocol::Http2] {
+    for protocol in BOTH {
         let up = Scripted::start("up", |_| Reply::Hang).await;
         let cluster = cluster(&up, |spec| spec.protocol = protocol);
         let client = client(&cluster, |route| route.timeout(Duration::from_secs(3)));
@@ -78,7 +52,7 @@ async fn a3_an_upstream_that_never_answers_is_given_up_in_time() {
                 assert!((Duration::from_secs(3)..=Duration::from_millis(3010)).contains(&took), "{took:?}");
             }
         }
-        nothing_is_left(&cluster).await;
+        nothing_is_left(&cluster, || up.open()).await;
         if protocol == UpstreamProtocol::Http1 {
             let runtime = cluster.runtime().unwrap();
             until("the connections to close", async || runtime.connections() == 0).await;
@@ -89,7 +63,7 @@ async fn a3_an_upstream_that_never_answers_is_given_up_in_time() {
 /// In real time: with paused time the clock runs ahead whenever a socket is waited for.
 #[tokio::test]
 async fn a4_a_response_that_stalls_is_reset_when_it_has_been_idle() {
-    for protocol in [UpstreamProtocol::Http1, UpstreamProtocol::Http2] {
+    for protocol in BOTH {
         let up = Scripted::start("up", |_| Reply::Stall).await;
         let cluster = cluster(&up, |spec| spec.protocol = protocol);
         let client = client(&cluster, |route| route.idle_timeout(Duration::from_millis(100)));
@@ -112,7 +86,7 @@ async fn a4_a_response_that_stalls_is_reset_when_it_has_been_idle() {
             }
         }
         assert!(stalled > 0);
-        nothing_is_left(&cluster).await;
+        nothing_is_left(&cluster, || up.open()).await;
     }
 }
 
@@ -124,7 +98,7 @@ async fn a4_an_upstream_without_an_answer_is_idle_too() {
     let error = client.oneshot(get()).await.unwrap_err();
     assert_eq!((error.status().as_u16(), error.flags().to_string().as_str()), (504, "SI"));
     assert_eq!(error.details(), "stream_idle_timeout");
-    nothing_is_left(&cluster).await;
+    nothing_is_left(&cluster, || up.open()).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -149,12 +123,12 @@ async fn b1_a_budget_holds_back_a_storm() {
     let tries = up.requests();
     println!("b1: {tries} tries for 1000 requests");
     assert!(tries <= 1250 + 3, "{tries}");
-    nothing_is_left(&cluster).await;
+    nothing_is_left(&cluster, || up.open()).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn b4_whoever_leaves_at_any_moment_leaves_every_count_exact() {
-    for protocol in [UpstreamProtocol::Http1, UpstreamProtocol::Http2] {
+    for protocol in BOTH {
         let up = Scripted::start("up", |seen| match seen.nth % 7 {
             0 => Reply::Hang,
             1 => Reply::Status(200),
@@ -206,13 +180,13 @@ async fn b4_whoever_leaves_at_any_moment_leaves_every_count_exact() {
         let ended = requests.join_all().await.into_iter().filter(|ended| *ended).count();
         println!("b4: {ended} of 5000 stayed to the end, {} tries", up.requests());
         assert!(ended > 100 && ended < 4900, "{ended}");
-        nothing_is_left(&cluster).await;
+        nothing_is_left(&cluster, || up.open()).await;
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn b6_exactly_the_one_too_many_is_refused() {
-    for protocol in [UpstreamProtocol::Http1, UpstreamProtocol::Http2] {
+    for protocol in BOTH {
         let up = Scripted::start("up", |_| Reply::Hang).await;
         let cluster = cluster(&up, |spec| {
             spec.protocol = protocol;
@@ -230,7 +204,7 @@ async fn b6_exactly_the_one_too_many_is_refused() {
         }
         held.abort_all();
         while held.join_next().await.is_some() {}
-        nothing_is_left(&cluster).await;
+        nothing_is_left(&cluster, || up.open()).await;
         held.spawn(client.clone().oneshot(get()));
         until("a place again", async || up.requests() == 6).await;
     }
