@@ -19,7 +19,9 @@ use tower::ServiceExt as _;
 use support::{BOTH, client, cluster_of, get, nothing_is_left};
 
 mod connect;
+mod storm;
 mod support;
+mod unhealthy;
 
 fn cluster(
     upstream: &Scripted,
@@ -98,31 +100,6 @@ async fn a4_an_upstream_without_an_answer_is_idle_too() {
     let error = client.oneshot(get()).await.unwrap_err();
     assert_eq!((error.status().as_u16(), error.flags().to_string().as_str()), (504, "SI"));
     assert_eq!(error.details(), "stream_idle_timeout");
-    nothing_is_left(&cluster, || up.open()).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn b1_a_budget_holds_back_a_storm() {
-    let up = Scripted::start("up", |_| Reply::After(Duration::from_millis(100), 503)).await;
-    let cluster = cluster(&up, |spec| spec.retry_budget = Some(RetryBudget::default()));
-    let runtime = Arc::clone(cluster.runtime().unwrap());
-    let storm = RetryPolicy::new(3, RetryOn::parse("5xx").unwrap());
-    let client = client(&cluster, |route| route.retry(storm));
-    let mut requests = JoinSet::new();
-    let mut most = 0_f64;
-    for _ in 0..1000 {
-        let client = client.clone();
-        requests.spawn(async move { client.oneshot(get()).await.unwrap().status() });
-        tokio::time::sleep(Duration::from_millis(1)).await;
-        most = most.max(f64::from(runtime.retries()) - f64::from(runtime.requests()) * 0.2);
-    }
-    for status in requests.join_all().await {
-        assert_eq!(status, 503, "the answer of the upstream");
-    }
-    assert!(most <= 3.0, "{most} more than a fifth at once");
-    let tries = up.requests();
-    println!("b1: {tries} tries for 1000 requests");
-    assert!(tries <= 1250 + 3, "{tries}");
     nothing_is_left(&cluster, || up.open()).await;
 }
 

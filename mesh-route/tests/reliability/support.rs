@@ -152,6 +152,11 @@ impl Network {
         self.0.hosts.lock().unwrap().insert(addr, host);
     }
 
+    /// Forgets every host.
+    pub(crate) fn clear(&self) {
+        self.0.hosts.lock().unwrap().clear();
+    }
+
     /// How often an address was connected to.
     pub(crate) fn dialled(&self, addr: SocketAddr) -> usize {
         self.0.dialled.lock().unwrap().get(&addr).copied().unwrap_or(0)
