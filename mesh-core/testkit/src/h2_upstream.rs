@@ -47,7 +47,7 @@ pub enum Act {
     Answer,
     /// Answers, and closes the connection without a word.
     AnswerAndClose,
-    /// Answers, and resets the connection as soon as the answer is in the peer's hands.
+    /// Answers, and resets the connection.
     AnswerAndReset,
 }
 

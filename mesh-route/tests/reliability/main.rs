@@ -19,9 +19,11 @@ use tower::ServiceExt as _;
 use support::{BOTH, client, cluster_of, get, nothing_is_left};
 
 mod connect;
+mod races;
 mod storm;
 mod support;
 mod unhealthy;
+mod workers;
 
 fn cluster(
     upstream: &Scripted,
