@@ -94,6 +94,15 @@ impl Body {
         Self::of(if data.is_empty() { Kind::Empty } else { Kind::Full(Some(data)) })
     }
 
+    /// The data of a body of one piece of which nothing has been read; `None` for any other.
+    #[must_use]
+    pub fn as_full(&self) -> Option<&Bytes> {
+        match &self.kind {
+            Kind::Full(data) if self.first.is_none() => data.as_ref(),
+            _ => None,
+        }
+    }
+
     /// What hyper reads from a connection; never boxed. An error becomes one of the side it is read from.
     #[must_use]
     pub fn from_incoming(incoming: Incoming, side: Side) -> Self {

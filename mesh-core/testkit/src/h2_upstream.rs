@@ -45,9 +45,9 @@ pub enum Act {
     Hold,
     /// Answers 200 with the body of the request.
     Answer,
-    /// Answers, and closes the connection without a word.
+    /// Answers, and closes the connection without a word when the peer has the answer. What comes meanwhile is lost.
     AnswerAndClose,
-    /// Answers, and resets the connection.
+    /// The same, and resets the connection.
     AnswerAndReset,
 }
 
@@ -260,6 +260,7 @@ async fn serve(stream: TcpStream, state: Arc<Mutex<State>>) {
         state.connections.len() - 1
     };
     let reading = async {
+        let mut ending = None;
         let mut preface = [0_u8; PREFACE.len()];
         if read.read_exact(&mut preface).await.is_err() || preface != PREFACE {
             return false;
@@ -275,11 +276,18 @@ async fn serve(stream: TcpStream, state: Arc<Mutex<State>>) {
             if read.read_exact(&mut payload).await.is_err() {
                 return false;
             }
-            let act = lock(&state).hear(index, head[3], head[4], id, payload);
-            match act {
-                Some(Act::AnswerAndClose) => return false,
-                Some(Act::AnswerAndReset) => return true,
-                _ => {}
+            if let Some(reset) = ending {
+                // The peer answers in order, so it has read what came before.
+                if (head[3], head[4]) == (PING, ACK) {
+                    return reset;
+                }
+                continue;
+            }
+            let mut state = lock(&state);
+            let act = state.hear(index, head[3], head[4], id, payload);
+            if let Some(act @ (Act::AnswerAndClose | Act::AnswerAndReset)) = act {
+                ending = Some(act == Act::AnswerAndReset);
+                state.connections[index].send(frame(PING, 0, 0, &[0; 8]));
             }
         }
     };

@@ -50,6 +50,10 @@ impl Replay {
             if body.size_hint().lower() > MOST_BYTES as u64 {
                 record.lock().lose();
                 *request.body_mut() = body;
+            } else if let Some(data) = body.as_full() {
+                // It is all there, so it need not pass first.
+                record.lock().keep(data.clone());
+                *request.body_mut() = body;
             } else {
                 *request.body_mut() = body.with_hook(record.clone());
             }
@@ -89,6 +93,12 @@ impl Recorded {
     fn lose(&mut self) {
         self.state = State::Lost;
         self.pieces = Vec::new();
+    }
+
+    fn keep(&mut self, whole: Bytes) {
+        self.bytes = whole.len();
+        self.pieces.push(whole);
+        self.state = State::Whole;
     }
 
     fn replayed(&self) -> Option<Body> {
@@ -208,9 +218,18 @@ mod tests {
         let replay = Replay::of(&mut request);
         request.into_body().collect().await.unwrap();
         assert!(replay.request().is_some(), "as much as is allowed");
-        let mut request = Request::new(Body::full("abc"));
+        let mut request = Request::new(streamed(vec![Frame::data(Bytes::from_static(b"abc"))]));
         let replay = Replay::of(&mut request);
         drop(request);
         assert!(replay.request().is_none(), "it was dropped before it had passed");
+    }
+
+    #[tokio::test]
+    async fn bug_a_body_of_one_piece_was_lost_when_its_connection_died_before_it_was_read() {
+        let mut request = Request::new(Body::full("abc"));
+        let replay = Replay::of(&mut request);
+        drop(request);
+        let again = replay.request().unwrap();
+        assert_eq!(again.into_body().collect().await.unwrap().to_bytes(), "abc");
     }
 }

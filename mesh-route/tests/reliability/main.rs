@@ -19,6 +19,7 @@ use tower::ServiceExt as _;
 use support::{BOTH, client, cluster_of, get, nothing_is_left};
 
 mod connect;
+mod http2;
 mod races;
 mod storm;
 mod support;

@@ -1,17 +1,18 @@
 //! Connections that end just as a request is written (A2).
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use http::{Method, Request};
 use mesh_core::Body;
-use mesh_route::{RetryOn, RetryPolicy, UpstreamProtocol};
+use mesh_route::{Backoff, RetryOn, RetryPolicy, UpstreamProtocol};
 use mesh_testkit::h2_upstream::{Act, Http2Upstream};
 use mesh_testkit::upstream::{Ending, Recorder};
 
 use crate::support::{BOTH, client, cluster_of, nothing_is_left, outcome};
 
 /// Races of each protocol and way to end.
-const RACES: usize = 5000;
+const RACES: usize = 2500;
 
 /// An upstream that ends each connection right after its first answer.
 enum Upstream {
@@ -62,7 +63,9 @@ async fn a2_a_connection_that_dies_as_a_request_is_written_duplicates_nothing() 
         for reset in [false, true] {
             let up = Upstream::start(protocol, reset).await;
             let cluster = cluster_of(&[up.addr()], |spec| spec.protocol = protocol);
-            let policy = RetryPolicy::new(5, RetryOn::parse("reset").unwrap()).idempotent_only();
+            let policy = RetryPolicy::new(5, RetryOn::parse("reset").unwrap())
+                .idempotent_only()
+                .backoff(Backoff::new(Duration::ZERO));
             let client = client(&cluster, |route| route.retry(policy));
             let mut failed = 0;
             for number in 0..RACES {
@@ -87,9 +90,15 @@ async fn a2_a_connection_that_dies_as_a_request_is_written_duplicates_nothing() 
             }
             let seen = up.seen();
             assert!(seen.len() >= RACES - failed && seen.len() <= RACES);
-            assert!(seen.values().all(|count| *count == 1), "no request came twice");
+            // An answer may be lost with its connection. Then what is idempotent was to be sent again, and only that.
+            let mut twice = 0;
+            for (body, count) in seen {
+                let number: usize = String::from_utf8(body).unwrap()["request ".len()..].parse().unwrap();
+                assert!(count == 1 || number % 2 == 0, "request {number} came {count} times");
+                twice += usize::from(count > 1);
+            }
             println!(
-                "a2 {protocol:?} {}: {RACES} races, 0 duplicates, 0 idempotent ones failed, {failed} of the others",
+                "a2 {protocol:?} {}: {RACES} races; of those that may be sent once 0 came twice and {failed} failed, of the idempotent ones 0 failed and {twice} came twice",
                 if reset { "RST" } else { "FIN" }
             );
             nothing_is_left(&cluster, || cluster.runtime().unwrap().connections() as usize).await;
