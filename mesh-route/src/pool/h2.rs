@@ -1,10 +1,10 @@
 //! HTTP/2: many requests on a connection; another connection only when the streams of all are taken.
 
+mod settings;
+
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::task::{Context, Poll};
 use std::time::Instant;
 
 use http::{Request, Response};
@@ -12,12 +12,12 @@ use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_core::{Body, ConnectTarget, Error};
-use pin_project::pin_project;
 use tokio::sync::Notify;
 
+use self::settings::Watched;
 use super::{ConnMeta, Slot, again, exchange_error, pending};
 use crate::cluster::ClusterSpec;
-use crate::connect::{Stream as Transport, open};
+use crate::connect::open;
 use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
@@ -187,6 +187,9 @@ impl Lease {
     ) -> Result<Self, Error> {
         let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
         let (stream, local) = open(shard, &target, &spec.pool).await?;
+        let allowed = Arc::new(AtomicU32::new(u32::MAX));
+        let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
+        let stream = Watched::new(stream, Arc::clone(&allowed), changed);
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
@@ -194,12 +197,9 @@ impl Lease {
             .handshake(TokioIo::new(stream))
             .await
             .map_err(exchange_error)?;
-        let allowed = Arc::new(AtomicU32::new(u32::MAX));
-        let changed = shard.lock().h2.get(&endpoint.id()).map(|pool| Arc::clone(&pool.changed));
-        let driver = Driver { connection, allowed: Arc::clone(&allowed), changed };
         tokio::spawn(async move {
             // What ends it is seen by whoever holds a sender.
-            let _ = driver.await;
+            let _ = connection.await;
             drop(slot);
         });
         shard.sweep();
@@ -229,33 +229,6 @@ impl Lease {
     /// Our end of the connection.
     pub(crate) fn local(&self) -> Option<std::net::SocketAddr> {
         self.local
-    }
-}
-
-/// Drives a connection and publishes how many streams the peer allows.
-#[pin_project]
-struct Driver<C> {
-    #[pin]
-    connection: C,
-    allowed: Arc<AtomicU32>,
-    changed: Option<Arc<Notify>>,
-}
-
-type Http2Connection = http2::Connection<TokioIo<Transport>, Body, TokioExecutor>;
-
-impl Future for Driver<Http2Connection> {
-    type Output = hyper::Result<()>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut this = self.project();
-        let ended = this.connection.as_mut().poll(cx);
-        let allowed = u32::try_from(this.connection.current_max_send_streams()).unwrap_or(u32::MAX);
-        if this.allowed.swap(allowed, Ordering::Relaxed) < allowed
-            && let Some(changed) = this.changed
-        {
-            changed.notify_waiters();
-        }
-        ended
     }
 }
 

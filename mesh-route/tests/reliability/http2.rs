@@ -58,12 +58,15 @@ async fn a9_of_a_hundred_streams_at_a_goaway_none_is_lost_and_none_is_done_twice
         }
         let bodies = up.bodies();
         assert_eq!(bodies.len(), 100);
-        let twice: HashSet<_> = bodies.into_iter().filter(|(_, count)| *count == 2).map(|(body, _)| body).collect();
+        let twice: HashSet<_> =
+            bodies.into_iter().filter(|(_, count)| *count == 2).map(|(body, _)| body).collect();
         let were_refused: HashSet<_> = refused.iter().map(|request| request.body.clone()).collect();
         assert_eq!(twice, were_refused, "once more, and only what was not looked at");
         assert!(up.connections() >= 2);
-        until("the old connection to end", async || up.open() == cluster.runtime().unwrap().connections() as usize)
-            .await;
+        until("the old connection to end", async || {
+            up.open() == cluster.runtime().unwrap().connections() as usize
+        })
+        .await;
         nothing_is_left(&cluster, || up.open()).await;
     }
 }
@@ -115,7 +118,7 @@ async fn a10_fewer_streams_in_mid_load_mean_more_connections_then_a_bounded_queu
     for at in 1..MOST_CONNECTIONS {
         let number = 49 + at as usize;
         let mut one = send(&client, number..number + 1);
-        until("a stream on another connection", async || { eprintln!("{at} {} {} {} {} {:?}", up.whole(), up.connections(), runtime.pending(), runtime.connections(), up.requests().last()); up.whole() == 50 + at as usize }).await;
+        until("a stream on another connection", async || up.whole() == 50 + at as usize).await;
         assert_eq!(up.connections(), 1 + at as usize);
         until("the settings to be in force", async || up.is_settled()).await;
         requests.spawn(async move { one.join_next().await.unwrap().unwrap() });

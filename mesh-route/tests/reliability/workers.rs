@@ -87,7 +87,8 @@ async fn one_pending_request_is_one_with_four_workers() {
     for _ in 0..20 {
         let up = Scripted::start("up", |_| Reply::Hang).await;
         let cluster = cluster_of(&[up.addr], |spec| {
-            spec.pool = PoolSettings { max_connections: 1, max_pending_requests: 1, ..PoolSettings::default() };
+            spec.pool =
+                PoolSettings { max_connections: 1, max_pending_requests: 1, ..PoolSettings::default() };
         });
         let runtime = Arc::clone(cluster.runtime().unwrap());
         let work = {
