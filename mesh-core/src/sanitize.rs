@@ -92,9 +92,11 @@ pub fn response(parts: &mut response::Parts, upgrading: bool) -> Result<(), Refu
             reason: "the upstream switched protocols unasked",
         });
     }
+    // The length of chunks is in the chunks, whatever else is said of it.
+    let is_chunked = parts.headers.contains_key(TRANSFER_ENCODING);
     hop_by_hop(&mut parts.headers, false);
     parts.headers.remove(TE);
-    if parts.status == StatusCode::NO_CONTENT {
+    if is_chunked || parts.status == StatusCode::NO_CONTENT {
         parts.headers.remove(CONTENT_LENGTH);
     }
     Ok(())
@@ -389,6 +391,18 @@ mod tests {
         assert_eq!(parts.headers[TE], "trailers");
         assert_eq!(left.len(), 3, "{left:?}");
         assert!(parts.headers.contains_key(HOST) && parts.headers.contains_key(CONTENT_LENGTH));
+    }
+
+    #[test]
+    fn bug_a_length_beside_chunks_cut_the_body() {
+        let response = http::Response::builder()
+            .header(CONTENT_LENGTH, 2)
+            .header(TRANSFER_ENCODING, "chunked")
+            .body(())
+            .unwrap();
+        let (mut parts, ()) = response.into_parts();
+        super::response(&mut parts, false).unwrap();
+        assert!(parts.headers.is_empty(), "{:?}", parts.headers);
     }
 
     #[test]

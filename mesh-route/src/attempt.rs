@@ -72,7 +72,7 @@ pub(crate) struct Attempt<'a> {
 pub(crate) struct Limits {
     /// For the try.
     pub(crate) per_try: Option<Duration>,
-    /// Without anything being received; goes on while the body of the response is.
+    /// Without anything that passes either way; goes on while the body of the response is received.
     pub(crate) idle: Option<Duration>,
 }
 
@@ -246,7 +246,10 @@ impl<'a> Attempt<'a> {
                     }
                 },
                 Err(late) => {
-                    self.observe_failure(&endpoint, ErrorKind::Timeout);
+                    // Of a request that is not whole it is not known who is late.
+                    if late.status() != StatusCode::REQUEST_TIMEOUT {
+                        self.observe_failure(&endpoint, ErrorKind::Timeout);
+                    }
                     return Err(failure(late, false));
                 }
             }
@@ -488,31 +491,39 @@ fn grpc_code(value: &HeaderValue) -> Option<u16> {
     value.to_str().ok()?.parse().ok()
 }
 
-/// The timer of a try.
+/// The timers of a try; one at least.
 struct Limit {
-    deadline: Deadline,
-    error: fn() -> Error,
+    per_try: Option<Deadline>,
+    idle: Option<Deadline>,
 }
 
 impl Limit {
     fn new(limits: Limits, request: &mut Request<Body>) -> Option<Self> {
-        let (timeout, error): (_, fn() -> Error) = match (limits.per_try, limits.idle) {
-            (Some(per_try), Some(idle)) if idle < per_try => (idle, crate::timeout::idle),
-            (Some(per_try), _) => (per_try, crate::timeout::per_try),
-            (None, Some(idle)) => (idle, crate::timeout::idle),
-            (None, None) => return None,
+        if limits.per_try.is_none() && limits.idle.is_none() {
+            return None;
+        }
+        let mut start = |timeout: Option<Duration>, by: fn(Duration, Body) -> (Deadline, Body)| {
+            let (deadline, body) = by(timeout?, std::mem::take(request.body_mut()));
+            *request.body_mut() = body;
+            Some(deadline)
         };
-        let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
-        *request.body_mut() = body;
-        Some(Self { deadline, error })
+        Some(Self { per_try: start(limits.per_try, Deadline::new), idle: start(limits.idle, Deadline::idle) })
     }
 
     /// Waits for the head of a response, but not for ever.
     async fn bound(self, sending: impl Future<Output = Sent>) -> Result<Sent, Error> {
+        let passed = async |deadline: &Option<Deadline>| match deadline {
+            Some(deadline) => deadline.passed().await,
+            None => std::future::pending().await,
+        };
         tokio::select! {
             biased;
             sent = sending => Ok(sent),
-            () = self.deadline.passed() => Err((self.error)()),
+            () = passed(&self.per_try) => Err(crate::timeout::per_try()),
+            () = passed(&self.idle) => Err(match &self.idle {
+                Some(idle) if !idle.is_whole() => crate::timeout::idle_request(),
+                _ => crate::timeout::idle(),
+            }),
         }
     }
 }

@@ -4,13 +4,16 @@
 //! after that: waiting for a connection, every attempt, and the body of the response. A route without a timeout has
 //! none of this.
 //!
-//! A try has its own (VS-Y02), up to the head of its response; the idle timeout begins again with whatever is received.
+//! A try has its own (VS-Y02), up to the head of its response. The idle timeout runs from the beginning, and begins
+//! again with whatever passes: what the upstream takes of the request, and what it sends. Whoever lets it pass before
+//! the request is whole is told 408, as by Envoy, and it says nothing of the endpoint.
 //! Without any of these a request has no timer at all.
 //!
 //! A gRPC client says with `grpc-timeout` how long it waits. That holds, but never for longer than the route allows.
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -126,18 +129,47 @@ struct Shared {
     timeout: Duration,
     at: Mutex<Option<Instant>>,
     received: Notify,
+    whole: AtomicBool,
 }
 
 impl Deadline {
     /// A deadline for a request with this body; the body says when it has been received.
     pub(crate) fn new(timeout: Duration, body: Body) -> (Self, Body) {
-        let deadline = Self(Arc::new(Shared { timeout, at: Mutex::default(), received: Notify::new() }));
+        let deadline = Self::after(timeout);
         if body.is_end_stream() {
             deadline.start();
             return (deadline, body);
         }
-        let hook = Received(deadline.clone());
+        let hook = Received { deadline: deadline.clone(), by_piece: false };
         (deadline, body.with_hook(hook))
+    }
+
+    /// A deadline that runs from now, and from each piece of this body that is taken.
+    pub(crate) fn idle(timeout: Duration, body: Body) -> (Self, Body) {
+        let deadline = Self::after(timeout);
+        deadline.start();
+        // What is here already is nobody's to wait for.
+        let is_here = body.is_end_stream() || body.as_full().is_some();
+        deadline.0.whole.store(is_here, Ordering::Relaxed);
+        if body.is_end_stream() {
+            return (deadline, body);
+        }
+        let hook = Received { deadline: deadline.clone(), by_piece: true };
+        (deadline, body.with_hook(hook))
+    }
+
+    fn after(timeout: Duration) -> Self {
+        Self(Arc::new(Shared {
+            timeout,
+            at: Mutex::default(),
+            received: Notify::new(),
+            whole: AtomicBool::new(false),
+        }))
+    }
+
+    /// Whether the whole request has been received.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.0.whole.load(Ordering::Relaxed)
     }
 
     fn start(&self) {
@@ -153,7 +185,12 @@ impl Deadline {
     pub(crate) async fn passed(&self) {
         loop {
             match self.at() {
-                Some(at) => return sleep_until(at).await,
+                Some(at) => {
+                    sleep_until(at).await;
+                    if self.at() == Some(at) {
+                        return;
+                    }
+                }
                 None => self.0.received.notified().await,
             }
         }
@@ -182,11 +219,23 @@ impl Deadline {
     }
 }
 
-struct Received(Deadline);
+struct Received {
+    deadline: Deadline,
+    by_piece: bool,
+}
 
 impl BodyHook for Received {
-    fn on_end(&mut self, _: EndOfBody<'_>) {
-        self.0.start();
+    fn on_data(&mut self, _: &Bytes) {
+        if self.by_piece {
+            self.deadline.start();
+        }
+    }
+
+    fn on_end(&mut self, end: EndOfBody<'_>) {
+        if matches!(end, EndOfBody::Complete) {
+            self.deadline.0.whole.store(true, Ordering::Relaxed);
+        }
+        self.deadline.start();
     }
 }
 
@@ -279,6 +328,17 @@ pub(crate) fn route() -> Error {
 /// The timeout of a try.
 pub(crate) fn per_try() -> Error {
     timed_out(ResponseFlags::UPSTREAM_REQUEST_TIMEOUT, "upstream_per_try_timeout", "upstream request timeout")
+}
+
+/// Nothing of the request passed for too long, and it is not whole.
+pub(crate) fn idle_request() -> Error {
+    Error::new(
+        ErrorKind::Timeout,
+        StatusCode::REQUEST_TIMEOUT,
+        ResponseFlags::STREAM_IDLE_TIMEOUT,
+        "stream_idle_timeout",
+    )
+    .with_body("stream timeout")
 }
 
 /// Nothing was received for too long.

@@ -1,9 +1,13 @@
 //! HTTP/2 upstreams that leave, allow less than they did, or stop reading (A9, A10, A11).
 
 use std::collections::HashSet;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::Request;
+use http_body::Frame;
 use mesh_core::Body;
 use mesh_route::{PoolSettings, RetryPolicy, UpstreamProtocol};
 use mesh_testkit::h2_upstream::{Act, Http2Upstream, INITIAL_WINDOW, MAX_STREAMS};
@@ -192,23 +196,73 @@ async fn a10_settings_that_change_all_the_time_lose_nothing() {
     nothing_is_left(&cluster, || up.open()).await;
 }
 
+/// A body of which a piece comes from time to time, and which does not end.
+fn endless(every: Duration) -> Body {
+    Body::new(Endless { every, sleep: Box::pin(tokio::time::sleep(every)) })
+}
+
+struct Endless {
+    every: Duration,
+    sleep: Pin<Box<tokio::time::Sleep>>,
+}
+
+impl http_body::Body for Endless {
+    type Data = Bytes;
+    type Error = mesh_core::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, mesh_core::Error>>> {
+        std::task::ready!(self.sleep.as_mut().poll(cx));
+        self.sleep = Box::pin(tokio::time::sleep(self.every));
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&[7; 1024])))))
+    }
+}
+
+const IDLE: Duration = Duration::from_millis(300);
+
 #[tokio::test]
 async fn a11_an_upstream_that_stops_reading_is_given_up_when_it_has_been_idle() {
     let up = Http2Upstream::start(&[(MAX_STREAMS, 1000), (INITIAL_WINDOW, 0)], Act::Hold).await;
     let cluster = cluster_of(&[up.addr], |spec| spec.protocol = UpstreamProtocol::Http2);
-    let idle = Duration::from_millis(300);
-    let client = client(&cluster, |route| route.idle_timeout(idle));
+    let client = client(&cluster, |route| route.idle_timeout(IDLE));
     let mut requests = JoinSet::new();
-    for _ in 0..100 {
+    for number in 0..100 {
         let client = client.clone();
         requests.spawn(async move {
-            let body = Body::full(vec![7_u8; 1 << 20]);
-            outcome(&client, Request::put("http://up/").body(body).unwrap()).await
+            let is_here = number % 2 == 0;
+            let body = if is_here { Body::full(vec![7; 1 << 20]) } else { endless(Duration::from_millis(1)) };
+            (is_here, outcome(&client, Request::put("http://up/").body(body).unwrap()).await)
         });
     }
-    for outcome in requests.join_all().await {
-        assert_eq!(outcome, "408 SI stream_idle_timeout", "the request is not whole");
+    for (is_here, outcome) in requests.join_all().await {
+        // Of a request that is not whole it is not known who is late.
+        let status = if is_here { 504 } else { 408 };
+        assert_eq!(outcome, format!("{status} SI stream_idle_timeout"));
     }
     assert_eq!(up.requests().iter().map(|request| request.body.len()).sum::<usize>(), 0);
+    nothing_is_left(&cluster, || up.open()).await;
+}
+
+#[tokio::test]
+async fn a11_an_upload_that_goes_on_is_not_idle() {
+    let up = Http2Upstream::start(&[], Act::Hold).await;
+    let cluster = cluster_of(&[up.addr], |spec| spec.protocol = UpstreamProtocol::Http2);
+    let client = client(&cluster, |route| route.idle_timeout(IDLE));
+    let upload = tokio::spawn(async move {
+        outcome(&client, Request::put("http://up/").body(endless(IDLE / 10)).unwrap()).await
+    });
+    // Three times as long as it may be idle.
+    until("a long upload", async || {
+        up.requests().first().is_some_and(|request| request.body.len() >= 30 << 10)
+    })
+    .await;
+    up.close(0);
+    assert_eq!(
+        upload.await.unwrap(),
+        "503 UC upstream_reset_before_response_started{connection_termination}",
+        "no timeout ended it"
+    );
     nothing_is_left(&cluster, || up.open()).await;
 }

@@ -76,8 +76,9 @@ async fn failures_that_two_workers_see_at_once_make_one_ejection() {
             assert_eq!((ejections, events), (1, 1), "{failed:?}");
             let all: usize = failed.iter().sum();
             assert_eq!(bad.requests() - before, all);
-            // The threshold, and what the other worker had in flight.
-            assert!((THRESHOLD..=THRESHOLD + 1).contains(&all), "{failed:?}");
+            // The threshold, and what the other worker sends until the one that has reached it has said so: it would
+            // say so itself at the next.
+            assert!((THRESHOLD..2 * THRESHOLD).contains(&all), "{failed:?}");
         }
     }
 }
