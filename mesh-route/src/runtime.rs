@@ -444,6 +444,9 @@ impl Drop for Permit {
 
 #[cfg(test)]
 mod tests {
+    use rand::rngs::SmallRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
     use super::*;
     use crate::cluster::{ClusterSpec, EndpointSpec};
 
@@ -508,6 +511,39 @@ mod tests {
         assert_eq!(clusters.runtimes().len(), 0);
     }
 
+    const COUNTERS: [fn(&ClusterRuntime) -> &AtomicU32; 4] = [
+        |runtime| &runtime.connections,
+        |runtime| &runtime.pending,
+        |runtime| &runtime.requests,
+        |runtime| &runtime.retries,
+    ];
+
+    #[test]
+    fn b6_limits_are_exact_over_a_million_steps() {
+        let clusters = Clusters::new();
+        let cluster = cluster(&[1]);
+        clusters.reconcile(std::slice::from_ref(&cluster));
+        let runtime = cluster.runtime().unwrap();
+        let mut rng = SmallRng::seed_from_u64(6);
+        let mut held: [Vec<Permit>; 4] = Default::default();
+        for _ in 0..1_000_000 {
+            let at = rng.random_range(0..4);
+            if rng.random_ratio(2, 5) {
+                held[at].pop();
+                continue;
+            }
+            // Also one that a reload has lowered below what is held.
+            let limit = rng.random_range(0..8);
+            let before = held[at].len();
+            let permit = Permit::acquire(runtime, COUNTERS[at], limit);
+            assert_eq!(permit.is_some(), before < limit as usize, "{before} of {limit}");
+            held[at].extend(permit);
+            assert_eq!(COUNTERS[at](runtime).load(Ordering::Relaxed) as usize, held[at].len());
+        }
+        drop(held);
+        assert!(COUNTERS.iter().all(|counter| counter(runtime).load(Ordering::Relaxed) == 0));
+    }
+
     #[test]
     fn b6_limits_are_exact_over_threads() {
         let clusters = Clusters::new();
@@ -518,7 +554,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    for _ in 0..50_000 {
+                    for _ in 0..250_000 {
                         if let Some(permit) = Permit::acquire(runtime, |runtime| &runtime.requests, 3) {
                             most.fetch_max(runtime.requests(), Ordering::Relaxed);
                             drop(permit);

@@ -325,14 +325,12 @@ impl State {
     fn hear(&mut self, connection: usize, kind: u8, flags: u8, stream: u32, payload: Vec<u8>) -> Option<Act> {
         let peer = self.connections.get_mut(connection)?;
         match kind {
-            SETTINGS if flags & ACK != 0 => {
-                if !peer.unacknowledged.is_empty() {
-                    let settings = peer.unacknowledged.remove(0);
-                    let allowed = settings.iter().find(|(id, _)| *id == MAX_STREAMS);
-                    peer.allowed = allowed.map_or(peer.allowed, |(_, allowed)| *allowed);
-                }
+            SETTINGS if flags & ACK == 0 => peer.send(frame(SETTINGS, ACK, 0, &[])),
+            SETTINGS if !peer.unacknowledged.is_empty() => {
+                let settings = peer.unacknowledged.remove(0);
+                let allowed = settings.iter().find(|(id, _)| *id == MAX_STREAMS);
+                peer.allowed = allowed.map_or(peer.allowed, |(_, allowed)| *allowed);
             }
-            SETTINGS => peer.send(frame(SETTINGS, ACK, 0, &[])),
             PING if flags & ACK == 0 => peer.send(frame(PING, ACK, 0, &payload)),
             HEADERS => {
                 if peer.streams.len() >= peer.allowed as usize {
