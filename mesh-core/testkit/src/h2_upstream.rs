@@ -19,6 +19,10 @@ use crate::h2_raw::{
 
 const PING: u8 = 6;
 
+/// Fields of the static table: the statuses 200 and 500.
+const OK: u8 = 0x88;
+const FAILED: u8 = 0x8e;
+
 /// How many streams the peer may have open (`SETTINGS_MAX_CONCURRENT_STREAMS`).
 pub const MAX_STREAMS: u16 = 3;
 
@@ -167,7 +171,12 @@ impl Http2Upstream {
 
     /// Answers a request with status 200 and its own body.
     pub fn answer(&self, request: &Request) {
-        lock(&self.state).answer(request.connection, request.stream);
+        lock(&self.state).answer(request.connection, request.stream, OK);
+    }
+
+    /// Answers a request with status 500, whether it is whole or not.
+    pub fn fail(&self, request: &Request) {
+        lock(&self.state).answer(request.connection, request.stream, FAILED);
     }
 
     /// Answers every whole request that has no answer.
@@ -175,7 +184,7 @@ impl Http2Upstream {
         let mut state = lock(&self.state);
         for request in state.requests.clone() {
             if request.whole {
-                state.answer(request.connection, request.stream);
+                state.answer(request.connection, request.stream, OK);
             }
         }
     }
@@ -203,7 +212,7 @@ impl Drop for Http2Upstream {
 }
 
 impl State {
-    fn answer(&mut self, connection: usize, stream: u32) {
+    fn answer(&mut self, connection: usize, stream: u32, status: u8) {
         let body = self
             .requests
             .iter()
@@ -212,8 +221,7 @@ impl State {
             .unwrap_or_default();
         let Some(connection) = self.connections.get_mut(connection) else { return };
         if connection.streams.remove(&stream) {
-            // Status 200 is a field of the static table.
-            let mut frames = frame(HEADERS, END_HEADERS, stream, &[0x88]);
+            let mut frames = frame(HEADERS, END_HEADERS, stream, &[status]);
             frames.extend(frame(DATA, END_STREAM, stream, &body));
             connection.send(frames);
         }
@@ -359,7 +367,7 @@ impl State {
         request.whole = true;
         let act = self.act;
         if act != Act::Hold {
-            self.answer(connection, stream);
+            self.answer(connection, stream, OK);
         }
         Some(act)
     }

@@ -280,11 +280,13 @@ async fn reply(name: &'static str, reply: Reply) -> Result<Response<ReplyBody>, 
             answer(StatusCode::OK, StreamBody::new(stalled).boxed())
         }
         Reply::Cut => {
-            let some = futures_util::stream::iter([
-                Ok(Frame::data(Bytes::from_static(b"some"))),
-                Err(std::io::Error::other("the script breaks off")),
-            ]);
-            answer(StatusCode::OK, StreamBody::new(some).boxed())
+            let some = futures_util::stream::iter([Ok(Frame::data(Bytes::from_static(b"some")))]);
+            let end = futures_util::stream::once(async {
+                // What has been said is on its way by then.
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                Err(std::io::Error::other("the script breaks off"))
+            });
+            answer(StatusCode::OK, StreamBody::new(futures_util::StreamExt::chain(some, end)).boxed())
         }
     })
 }

@@ -189,7 +189,7 @@ impl Lease {
         let (stream, local) = open(shard, &target, &spec.pool).await?;
         let allowed = Arc::new(AtomicU32::new(u32::MAX));
         let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
-        let stream = Watched::new(stream, Arc::clone(&allowed), changed);
+        let stream = Watched::new(stream, slot, Arc::clone(&allowed), changed);
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
@@ -200,7 +200,6 @@ impl Lease {
         tokio::spawn(async move {
             // What ends it is seen by whoever holds a sender.
             let _ = connection.await;
-            drop(slot);
         });
         shard.sweep();
         let mut inner = shard.lock();

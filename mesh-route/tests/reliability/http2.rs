@@ -1,4 +1,5 @@
-//! HTTP/2 upstreams that leave, allow less than they did, or stop reading (A9, A10, A11).
+//! HTTP/2 upstreams that leave, allow less than they did, or stop reading (A9, A10, A11), or answer
+//! before they have been asked (B3).
 
 use std::collections::HashSet;
 use std::pin::Pin;
@@ -9,7 +10,7 @@ use bytes::Bytes;
 use http::Request;
 use http_body::Frame;
 use mesh_core::Body;
-use mesh_route::{PoolSettings, RetryPolicy, UpstreamProtocol};
+use mesh_route::{PoolSettings, RetryOn, RetryPolicy, UpstreamProtocol};
 use mesh_testkit::h2_upstream::{Act, Http2Upstream, INITIAL_WINDOW, MAX_STREAMS};
 use mesh_testkit::until;
 use tokio::task::JoinSet;
@@ -264,5 +265,23 @@ async fn a11_an_upload_that_goes_on_is_not_idle() {
         "503 UC upstream_reset_before_response_started{connection_termination}",
         "no timeout ended it"
     );
+    nothing_is_left(&cluster, || up.open()).await;
+}
+
+#[tokio::test]
+async fn b3_a_body_that_still_streams_is_not_sent_again() {
+    let up = Http2Upstream::start(&[], Act::Hold).await;
+    let cluster = cluster_of(&[up.addr], |spec| spec.protocol = UpstreamProtocol::Http2);
+    let retry = RetryPolicy::new(3, RetryOn::parse("5xx").unwrap());
+    let client = client(&cluster, |route| route.retry(retry));
+    let upload = tokio::spawn(async move {
+        outcome(&client, Request::put("http://up/").body(endless(Duration::from_millis(5))).unwrap()).await
+    });
+    until("a part of it", async || up.requests().first().is_some_and(|request| !request.body.is_empty()))
+        .await;
+    up.fail(&up.requests()[0]);
+    let outcome = upload.await.unwrap();
+    assert!(outcome.starts_with("500 - "), "{outcome}");
+    assert_eq!((up.requests().len(), up.whole()), (1, 0), "sent once, and never as if it were whole");
     nothing_is_left(&cluster, || up.open()).await;
 }

@@ -66,7 +66,7 @@ pub(crate) async fn run(kills: u32) -> bool {
     let flagged = async || {
         let text = tokio::fs::read_to_string(&log).await.unwrap_or_default();
         let dying = text.lines().filter(|line| line.contains("/dying/"));
-        dying.filter(|line| line.contains(" 200 UC ") || line.contains(" 200 UR ")).count()
+        dying.filter(|line| line.contains(" UC ") || line.contains(" UR ")).count()
     };
     until("the access log", async || flagged().await == kills as usize).await;
     println!(
@@ -90,8 +90,9 @@ async fn ends_well(proxy: SocketAddr, host: &str, kill: u32) -> bool {
     tokio::spawn(connection);
     let request = Request::get(format!("/dying/{kill}")).header("host", host).body(Empty::<Bytes>::new());
     match sender.send_request(request.expect("a request")).await {
+        // An error that comes before the head is one, and whole.
+        Ok(response) if response.status() != 200 => false,
         Ok(response) => response.into_body().collect().await.is_ok(),
-        // Its head was lost with its body.
         Err(_) => false,
     }
 }

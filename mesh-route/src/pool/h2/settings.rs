@@ -15,6 +15,8 @@ use pin_project::pin_project;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 
+use crate::pool::Slot;
+
 const SETTINGS: u8 = 4;
 const ACK: u8 = 1;
 const MAX_CONCURRENT_STREAMS: u16 = 3;
@@ -24,6 +26,8 @@ const MAX_CONCURRENT_STREAMS: u16 = 3;
 pub(super) struct Watched<T> {
     #[pin]
     inner: T,
+    /// Counts the connection for as long as there is one: its streams may outlive what drives it.
+    _slot: Slot,
     frames: Frames,
     allowed: Arc<AtomicU32>,
     /// Told when more are allowed than were.
@@ -31,8 +35,8 @@ pub(super) struct Watched<T> {
 }
 
 impl<T> Watched<T> {
-    pub(super) fn new(inner: T, allowed: Arc<AtomicU32>, changed: Arc<Notify>) -> Self {
-        Self { inner, frames: Frames::default(), allowed, changed }
+    pub(super) fn new(inner: T, slot: Slot, allowed: Arc<AtomicU32>, changed: Arc<Notify>) -> Self {
+        Self { inner, _slot: slot, frames: Frames::default(), allowed, changed }
     }
 }
 
