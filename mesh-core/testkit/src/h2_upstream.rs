@@ -251,6 +251,8 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 async fn serve(stream: TcpStream, state: Arc<Mutex<State>>) {
+    // Whoever is gone already waits for nothing.
+    let _ = stream.set_nodelay(true);
     let (mut read, mut write) = stream.into_split();
     let (out, mut frames) = mpsc::unbounded_channel::<Vec<u8>>();
     let index = {

@@ -112,7 +112,7 @@ async fn dying() -> SocketAddr {
                         return;
                     }
                 }
-                let begin: &[u8] = if number % 2 == 0 {
+                let begin: &[u8] = if number.is_multiple_of(2) {
                     b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\nthe beginning"
                 } else {
                     b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nd\r\nthe beginning\r\n"
