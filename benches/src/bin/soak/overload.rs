@@ -47,8 +47,12 @@ pub(crate) async fn run(time: Duration, factor: u32) -> bool {
     let started = Instant::now();
     let best = Load::paced(outbound, "app", AT_ONCE, 100, CAPACITY * 2);
     tokio::time::sleep(PEAK).await;
-    let mut best = best.stop().await;
+    let best = best.stop().await;
     let peak = best.whole as f64 / started.elapsed().as_secs_f64();
+    // How long an answer takes when nobody has to wait for another.
+    let calm = Load::paced(outbound, "app", AT_ONCE, 100, CAPACITY / 2);
+    tokio::time::sleep(PEAK).await;
+    let mut calm = calm.stop().await;
 
     let started = Instant::now();
     let load = Load::paced(outbound, "app", CLIENTS, 100, CAPACITY * factor);
@@ -75,11 +79,11 @@ pub(crate) async fn run(time: Duration, factor: u32) -> bool {
         totals.broken
     );
     println!(
-        "b5: p99 of the admitted {} us from when they were due, {} us at its best (goal 2 x); p90 {} and {} us; recovered {recovered:?} after the end (goal 1 s)",
+        "b5: p99 of the admitted {} us from when they were due, {} us at half its best (goal 2 x); p90 {} and {} us; recovered {recovered:?} after the end (goal 1 s)",
         totals.percentile(0.99),
-        best.percentile(0.99),
+        calm.percentile(0.99),
         totals.percentile(0.90),
-        best.percentile(0.90)
+        calm.percentile(0.90)
     );
     (totals.wrong, totals.broken) == (0, 0)
         && totals.refused > 0
