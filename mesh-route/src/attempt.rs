@@ -36,9 +36,10 @@ use crate::endpoint::{Endpoint, InFlight};
 use crate::fault::{AbortKind, Fault};
 use crate::hash_policy::RequestKey;
 use crate::outlier::Observation;
+use crate::permit::Permit;
 use crate::pool::{Slot, exchange_error, h1, h2, overflow};
 use crate::retry::RetryPolicy;
-use crate::runtime::{ClusterRuntime, Permit};
+use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
 use crate::timeout::Deadline;
 
@@ -526,7 +527,7 @@ struct Books {
     _slot: Option<Slot>,
     endpoint: Arc<Endpoint>,
     _in_flight: InFlight,
-    _permit: Permit,
+    _permit: Permit<ClusterRuntime>,
 }
 
 impl Books {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use http::header::{CONNECTION, CONTENT_TYPE, HOST, SET_COOKIE, UPGRADE};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
+use http_body::Body as _;
 use hyper::upgrade::OnUpgrade;
 use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
 
@@ -19,10 +20,11 @@ use crate::hash_policy::{HashPolicy, RequestKey};
 use crate::headers::{FormatContext, OwnedHead};
 use crate::headers_layer::AfterRoute;
 use crate::overrides::Overrides;
+use crate::permit::Permit;
 use crate::request_view::RequestView;
 use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, is_idempotent};
 use crate::route::{Destination, Forward, Route};
-use crate::runtime::Permit;
+use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
 use crate::timeout::{self, Deadline, Timeouts};
 
@@ -120,7 +122,7 @@ struct Progress {
 struct Again {
     tried: Vec<u64>,
     /// Counts the retry in its cluster, from the decision to the head of its answer.
-    permit: Option<Permit>,
+    permit: Option<Permit<ClusterRuntime>>,
 }
 
 /// What is done after a try. Everything that a retry awaits is in a box, so that nothing of it lies in the future of a
@@ -170,13 +172,15 @@ impl Tries<'_> {
         let http2 = self.attempt.speaks_http2();
         attempt::prepare(request, http2, self.attempt.cx)?;
         let idempotent = !self.policy.only_idempotent || is_idempotent(request.method(), request.headers());
-        let class = match self.policy.class(self.grpc, http2, idempotent) {
+        let has_body = !request.body().is_end_stream();
+        let class = match self.policy.class(self.grpc, http2, idempotent, has_body) {
             // What was upgraded is not repeated.
-            RetryClass::Replay if self.attempt.upgrade => RetryClass::Connect,
+            RetryClass::Head | RetryClass::Replay if self.attempt.upgrade => RetryClass::Connect,
             class => class,
         };
         self.attempt.runtime.count_request(self.attempt.cluster.spec());
-        let replay = (class == RetryClass::Replay).then(|| Box::new(Replay::of(request)));
+        let keeps = matches!(class, RetryClass::Head | RetryClass::Replay);
+        let replay = keeps.then(|| Box::new(Replay::of(request)));
         Ok(Progress { class, idempotent, retries: 0, replay, again: None })
     }
 
@@ -245,7 +249,7 @@ impl Tries<'_> {
         &self,
         outcome: &Result<Answer, Failure>,
         progress: &mut Progress,
-    ) -> Result<(Option<Request<Body>>, Permit), Last> {
+    ) -> Result<(Option<Request<Body>>, Permit<ClusterRuntime>), Last> {
         // The retry that has just ended is none any more.
         if let Some(again) = &mut progress.again {
             again.permit = None;

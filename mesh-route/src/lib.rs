@@ -30,6 +30,7 @@ mod istio;
 pub mod outlier;
 mod overrides;
 mod percentage;
+mod permit;
 mod pool;
 mod redirect;
 mod request_view;

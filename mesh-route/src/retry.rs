@@ -6,16 +6,17 @@
 //!
 //! **What a retry costs before it happens.** Istio retries by default, so the default must be nearly free. A policy
 //! compiles to a [`RetryClass`]: for *Connect* nothing is kept, because what was not written comes back by itself;
-//! for *Replay* the head is cloned, and a body is recorded while it passes. What is more than 64 KiB, or has not
-//! ended when the answer comes, is not sent again (VS-Y08).
+//! for *Head* the head is cloned, as the request has no body; for *Replay* a body is recorded too while it passes. What
+//! is more than 64 KiB, or has not ended when the answer comes, is not sent again (VS-Y08).
 
+mod admission;
 mod backoff;
 mod budget;
 mod policy;
 mod replay;
 
+pub(crate) use admission::Retries;
 pub use backoff::Backoff;
-pub(crate) use budget::Recent;
 pub use budget::RetryBudget;
 pub use policy::{Outcome, RetryClass, RetryOn, RetryPolicy, UnknownCondition, is_idempotent};
 pub(crate) use replay::Replay;

@@ -22,7 +22,8 @@ use crate::balance::Tables;
 use crate::cluster::{Cluster, ClusterSpec, Discovery, EndpointSpec};
 use crate::endpoint::{Endpoint, EndpointSet, Member};
 use crate::outlier::{Detector, Observation, OutlierDetection};
-use crate::retry::Recent;
+use crate::permit::Permit;
+use crate::retry::Retries;
 
 /// Every cluster of the process, by name.
 #[derive(Clone, Debug, Default)]
@@ -45,11 +46,8 @@ pub struct ClusterRuntime {
     pub(crate) connections: AtomicU32,
     pub(crate) pending: AtomicU32,
     pub(crate) requests: AtomicU32,
-    pub(crate) retries: AtomicU32,
     pub(crate) overflows: AtomicU64,
-    retried: AtomicU64,
-    retry_overflows: AtomicU64,
-    recent: Recent,
+    retries: Retries,
     detector: Mutex<Detector>,
     /// When the next ejection ends, in nanoseconds since `origin`; the greatest number when nobody is ejected.
     next_return: AtomicU64,
@@ -118,11 +116,8 @@ impl ClusterRuntime {
             connections: AtomicU32::new(0),
             pending: AtomicU32::new(0),
             requests: AtomicU32::new(0),
-            retries: AtomicU32::new(0),
             overflows: AtomicU64::new(0),
-            retried: AtomicU64::new(0),
-            retry_overflows: AtomicU64::new(0),
-            recent: Recent::default(),
+            retries: Retries::default(),
             detector: Mutex::default(),
             next_return: AtomicU64::new(u64::MAX),
             origin: mesh_core::clock::now(),
@@ -227,19 +222,19 @@ impl ClusterRuntime {
     /// Retries in flight, the time before them included.
     #[must_use]
     pub fn retries(&self) -> u32 {
-        self.retries.load(Ordering::Relaxed)
+        self.retries.in_flight().load(Ordering::Relaxed)
     }
 
     /// Retries so far.
     #[must_use]
     pub fn retried(&self) -> u64 {
-        self.retried.load(Ordering::Relaxed)
+        self.retries.admitted()
     }
 
     /// Retries that a limit refused.
     #[must_use]
     pub fn retry_overflows(&self) -> u64 {
-        self.retry_overflows.load(Ordering::Relaxed)
+        self.retries.refused()
     }
 
     /// Reads what outlier detection knows; ejections that are over have ended.
@@ -250,30 +245,14 @@ impl ClusterRuntime {
 
     /// Counts a request that may be retried, where the budget counts over time.
     pub(crate) fn count_request(&self, spec: &ClusterSpec) {
-        if let Some(budget) = spec.retry_budget.filter(|budget| !budget.interval.is_zero()) {
-            self.recent.request(budget.interval, self.origin, mesh_core::clock::now());
-        }
+        self.retries.count_request(spec.retry_budget.as_ref());
     }
 
     /// A place among the retries, if `maxRetries` and the budget have one.
-    pub(crate) fn admit_retry(self: &Arc<Self>, spec: &ClusterSpec) -> Option<Permit> {
-        let most = match &spec.retry_budget {
-            Some(budget) if budget.interval.is_zero() => {
-                let active = u64::from(self.requests()) + u64::from(self.pending());
-                budget.limit(active).min(spec.pool.max_retries)
-            }
-            _ => spec.pool.max_retries,
-        };
-        let within_interval = || {
-            spec.retry_budget
-                .as_ref()
-                .filter(|budget| !budget.interval.is_zero())
-                .is_none_or(|budget| self.recent.retry(budget, self.origin, mesh_core::clock::now()))
-        };
-        let permit = Permit::acquire(self, |runtime| &runtime.retries, most).filter(|_| within_interval());
-        let counter = if permit.is_some() { &self.retried } else { &self.retry_overflows };
-        counter.fetch_add(1, Ordering::Relaxed);
-        permit
+    pub(crate) fn admit_retry(self: &Arc<Self>, spec: &ClusterSpec) -> Option<Permit<Self>> {
+        let active = || u64::from(self.requests()) + u64::from(self.pending());
+        let acquire = |most| Permit::acquire(self, |runtime| runtime.retries.in_flight(), most);
+        self.retries.admit(spec.pool.max_retries, spec.retry_budget.as_ref(), active, acquire)
     }
 
     /// Tells outlier detection what a try came to.
@@ -409,39 +388,6 @@ impl fmt::Debug for ClusterRuntime {
     }
 }
 
-/// One unit of a counter with a limit; given back when it is dropped.
-#[derive(Debug)]
-pub(crate) struct Permit {
-    runtime: Arc<ClusterRuntime>,
-    counter: fn(&ClusterRuntime) -> &AtomicU32,
-}
-
-impl Permit {
-    /// Takes one below `limit`, exactly, whatever other workers do.
-    pub(crate) fn acquire(
-        runtime: &Arc<ClusterRuntime>,
-        counter: fn(&ClusterRuntime) -> &AtomicU32,
-        limit: u32,
-    ) -> Option<Self> {
-        counter(runtime)
-            .try_update(Ordering::AcqRel, Ordering::Relaxed, |count| (count < limit).then(|| count + 1))
-            .ok()?;
-        Some(Self { runtime: Arc::clone(runtime), counter })
-    }
-
-    /// Takes one whatever the limit.
-    pub(crate) fn force(runtime: &Arc<ClusterRuntime>, counter: fn(&ClusterRuntime) -> &AtomicU32) -> Self {
-        counter(runtime).fetch_add(1, Ordering::AcqRel);
-        Self { runtime: Arc::clone(runtime), counter }
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        (self.counter)(&self.runtime).fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -506,35 +452,5 @@ mod tests {
         assert_eq!(clusters.runtimes().len(), 1);
         drop(first);
         assert_eq!(clusters.runtimes().len(), 0);
-    }
-
-    #[test]
-    fn b6_limits_are_exact_over_threads() {
-        let clusters = Clusters::new();
-        let cluster = cluster(&[1]);
-        clusters.reconcile(std::slice::from_ref(&cluster));
-        let runtime = cluster.runtime().unwrap();
-        let most = AtomicU32::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    for _ in 0..50_000 {
-                        if let Some(permit) = Permit::acquire(runtime, |runtime| &runtime.requests, 3) {
-                            most.fetch_max(runtime.requests(), Ordering::Relaxed);
-                            drop(permit);
-                        }
-                    }
-                });
-            }
-        });
-        assert!(most.load(Ordering::Relaxed) <= 3);
-        assert_eq!(runtime.requests(), 0);
-        let held: Vec<_> =
-            (0..3).map(|_| Permit::acquire(runtime, |runtime| &runtime.requests, 3).unwrap()).collect();
-        assert!(
-            Permit::acquire(runtime, |runtime| &runtime.requests, 3).is_none(),
-            "exactly the fourth is refused"
-        );
-        drop(held);
     }
 }

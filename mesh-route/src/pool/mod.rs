@@ -19,7 +19,8 @@ use mesh_core::{Error, ErrorKind, ResponseFlags};
 
 use crate::cluster::PoolSettings;
 use crate::endpoint::Endpoint;
-use crate::runtime::{ClusterRuntime, Permit};
+use crate::permit::Permit;
+use crate::runtime::ClusterRuntime;
 
 /// Says in a reply that a limit of ours refused the request.
 const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
@@ -60,7 +61,7 @@ impl ConnMeta {
 pub(crate) struct Slot {
     runtime: Arc<ClusterRuntime>,
     endpoint: Arc<Endpoint>,
-    permit: Option<Permit>,
+    permit: Option<Permit<ClusterRuntime>>,
 }
 
 impl Slot {
@@ -93,7 +94,7 @@ impl Drop for Slot {
 }
 
 /// A place among the requests that wait for a connection.
-fn pending(runtime: &Arc<ClusterRuntime>, settings: &PoolSettings) -> Result<Permit, Error> {
+fn pending(runtime: &Arc<ClusterRuntime>, settings: &PoolSettings) -> Result<Permit<ClusterRuntime>, Error> {
     Permit::acquire(runtime, |runtime| &runtime.pending, settings.max_pending_requests)
         .ok_or_else(|| overflow(runtime))
 }
