@@ -62,7 +62,13 @@ pub enum EndOfBody<'a> {
 }
 
 /// Hears what happens to a body. [`BodyHook::on_end`] is called exactly once.
-pub trait BodyHook: Send {
+pub trait BodyHook: Any + Send {
+    /// Asked before each frame: an error ends the body there, which a limit on time does. Whoever is not asked again
+    /// wakes the task.
+    fn poll_end(&mut self, _cx: &mut Context<'_>) -> Poll<Error> {
+        Poll::Pending
+    }
+
     /// A data frame passed.
     fn on_data(&mut self, _data: &Bytes) {}
 
@@ -155,6 +161,12 @@ impl Body {
         self
     }
 
+    /// The hook, if there is one only and it is an `H`, for whoever has more to tell it.
+    pub fn hook_mut<H: BodyHook>(&mut self) -> Option<&mut H> {
+        let hook: &mut dyn Any = self.hook.as_deref_mut()?;
+        hook.downcast_mut()
+    }
+
     const fn of(kind: Kind) -> Self {
         Self { kind, first: None, meter: None, hook: None }
     }
@@ -183,6 +195,15 @@ impl HttpBody for Body {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         let this = &mut *self;
+        // First, so that a body that always has more does not outrun a limit.
+        if let Some(hook) = &mut this.hook
+            && let Poll::Ready(error) = hook.poll_end(cx)
+        {
+            this.first = None;
+            this.kind = Kind::Empty;
+            this.end(EndOfBody::Failed(&error));
+            return Poll::Ready(Some(Err(error)));
+        }
         let frame = match (this.first.take(), &mut this.kind) {
             (Some(first), _) => Some(*first),
             (None, kind) => ready!(poll_kind(kind, cx)),
@@ -308,6 +329,13 @@ impl Meter {
 struct Both(Box<dyn BodyHook>, Box<dyn BodyHook>);
 
 impl BodyHook for Both {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        match self.0.poll_end(cx) {
+            Poll::Pending => self.1.poll_end(cx),
+            end => end,
+        }
+    }
+
     fn on_data(&mut self, data: &Bytes) {
         self.0.on_data(data);
         self.1.on_data(data);
@@ -428,6 +456,35 @@ mod tests {
         let body = Body::new(failing).with_hook(record.clone());
         assert!(body.collect().await.is_err());
         assert_eq!(*record.0.lock().unwrap(), ["failed internal_error (500): boom"]);
+    }
+
+    /// Ends the body when it is asked the second time.
+    #[derive(Default)]
+    struct Impatient(u32);
+
+    impl BodyHook for Impatient {
+        fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<Error> {
+            self.0 += 1;
+            if self.0 < 2 { Poll::Pending } else { Poll::Ready(Error::internal("enough")) }
+        }
+
+        fn on_end(&mut self, _: EndOfBody<'_>) {}
+    }
+
+    #[tokio::test]
+    async fn a_hook_ends_a_body() {
+        let record = Record::default();
+        let frames =
+            ["a", "b"].map(|data| Ok::<_, BoxError>(Frame::data(Bytes::from_static(data.as_bytes()))));
+        let body = Body::new(http_body_util::StreamBody::new(futures_util::stream::iter(frames)));
+        let mut body = body.with_hook(record.clone());
+        assert!(body.hook_mut::<Record>().is_some() && body.hook_mut::<Impatient>().is_none());
+        let mut body = body.with_hook(Impatient::default());
+        assert!(body.hook_mut::<Record>().is_none(), "there are two");
+        assert!(body.frame().await.unwrap().is_ok());
+        assert!(body.frame().await.unwrap().is_err());
+        assert!(body.frame().await.is_none());
+        assert_eq!(*record.0.lock().unwrap(), ["data 1", "failed internal_error (500): enough"]);
     }
 
     fn futures_once<T>(item: T) -> impl futures_util::Stream<Item = T> {

@@ -11,7 +11,7 @@
 //! and ends with the connection's drain.
 
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -34,6 +34,7 @@ use crate::balance::{Choice, peak_ewma};
 use crate::cluster::{BalancerKind, Cluster, Discovery, UpstreamProtocol};
 use crate::endpoint::{Endpoint, InFlight};
 use crate::fault::{AbortKind, Fault};
+use crate::grpc;
 use crate::hash_policy::RequestKey;
 use crate::outlier::Observation;
 use crate::permit::Permit;
@@ -41,11 +42,10 @@ use crate::pool::{Slot, exchange_error, h1, h2, overflow};
 use crate::retry::RetryPolicy;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
-use crate::timeout::Deadline;
+use crate::timeout::{Deadline, Limits};
 
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
-const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// How often an unsent request is put on another connection. Idle connections may all have died together, so the
 /// last try is always on a new one.
@@ -66,15 +66,6 @@ pub(crate) struct Attempt<'a> {
     pub(crate) fault: Option<&'a Fault>,
     /// The endpoint of the try that is under way, for a timeout that ends it from outside.
     current: Mutex<Option<Arc<Endpoint>>>,
-}
-
-/// How long a try may take, from the whole request to the head of its response.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Limits {
-    /// For the try.
-    pub(crate) per_try: Option<Duration>,
-    /// Without anything being received; goes on while the body of the response is.
-    pub(crate) idle: Option<Duration>,
 }
 
 /// The head of a response, and what the try holds.
@@ -203,16 +194,15 @@ impl<'a> Attempt<'a> {
                 },
             };
             self.note(&endpoint, &mut lease);
-            let limit = Limit::new(limits, request);
-            let sending = lease.send(std::mem::take(request));
-            let sent = match limit {
+            let deadline = limits.deadline(self.shard.timers(), request.body_mut());
+            let sending = pin!(lease.send(std::mem::take(request)));
+            let sent = match deadline {
                 None => Ok(sending.await),
-                // Boxed: the future of every request would hold the timer.
-                Some(limit) => Box::pin(limit.bound(sending)).await,
+                Some(mut deadline) => deadline.bound(sending).await,
             };
             match sent {
                 Ok(Ok(response)) => {
-                    let grpc_status = response.headers().get(GRPC_STATUS).and_then(grpc_code);
+                    let grpc_status = grpc::status(response.headers());
                     let now = mesh_core::clock::now();
                     let took = now.saturating_duration_since(started);
                     if self.cluster.spec().balancer == BalancerKind::PeakEwma {
@@ -225,6 +215,7 @@ impl<'a> Attempt<'a> {
                         books: Books {
                             lease: Some(lease),
                             _slot: None,
+                            deadline: None,
                             endpoint: Arc::clone(&endpoint),
                             _in_flight: in_flight,
                             _permit: permit,
@@ -449,7 +440,7 @@ impl Answer {
     pub(crate) async fn peek_trailers(mut self: Box<Self>) -> Box<Self> {
         if let Some(Some(frame)) = frame_now(self.response.body_mut()).await {
             let trailers = frame.as_ref().ok().and_then(Frame::trailers_ref);
-            self.grpc_status = trailers.and_then(|trailers| trailers.get(GRPC_STATUS)).and_then(grpc_code);
+            self.grpc_status = trailers.and_then(grpc::status);
             self.first = Some(Box::new(frame));
         }
         self
@@ -485,39 +476,6 @@ async fn frame_now(body: &mut Incoming) -> Option<Option<Result<Frame<Bytes>, hy
 /// Frames of an answer that is given up which are read to keep its connection.
 const DISCARDED_FRAMES: u32 = 4;
 
-fn grpc_code(value: &HeaderValue) -> Option<u16> {
-    value.to_str().ok()?.parse().ok()
-}
-
-/// The timer of a try.
-struct Limit {
-    deadline: Deadline,
-    error: fn() -> Error,
-}
-
-impl Limit {
-    fn new(limits: Limits, request: &mut Request<Body>) -> Option<Self> {
-        let (timeout, error): (_, fn() -> Error) = match (limits.per_try, limits.idle) {
-            (Some(per_try), Some(idle)) if idle < per_try => (idle, crate::timeout::idle),
-            (Some(per_try), _) => (per_try, crate::timeout::per_try),
-            (None, Some(idle)) => (idle, crate::timeout::idle),
-            (None, None) => return None,
-        };
-        let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
-        *request.body_mut() = body;
-        Some(Self { deadline, error })
-    }
-
-    /// Waits for the head of a response, but not for ever.
-    async fn bound(self, sending: impl Future<Output = Sent>) -> Result<Sent, Error> {
-        tokio::select! {
-            biased;
-            sent = sending => Ok(sent),
-            () = self.deadline.passed() => Err((self.error)()),
-        }
-    }
-}
-
 type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
 
 /// What a request holds until its response has ended.
@@ -525,6 +483,8 @@ struct Books {
     lease: Option<Lease>,
     /// Counts the connection of a tunnel.
     _slot: Option<Slot>,
+    /// That of the route.
+    deadline: Option<Deadline>,
     endpoint: Arc<Endpoint>,
     _in_flight: InFlight,
     _permit: Permit<ClusterRuntime>,
@@ -546,8 +506,21 @@ impl Books {
 }
 
 impl BodyHook for Books {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        self.deadline.as_mut().map_or(Poll::Pending, |deadline| deadline.poll_passed(cx))
+    }
+
     fn on_end(&mut self, end: EndOfBody<'_>) {
         self.end(matches!(end, EndOfBody::Complete));
+    }
+}
+
+/// Ends the body of a response at the deadline, which goes where the books are, if they are still open.
+pub(crate) fn bound(body: &mut Body, deadline: Deadline) {
+    if let Some(books) = body.hook_mut::<Books>() {
+        books.deadline = Some(deadline);
+    } else if !body.is_end_stream() {
+        *body = std::mem::take(body).with_hook(deadline);
     }
 }
 

@@ -6,16 +6,17 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use http::header::{CONNECTION, CONTENT_TYPE, HOST, SET_COOKIE, UPGRADE};
+use http::header::{CONNECTION, HOST, SET_COOKIE, UPGRADE};
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
+use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
 use http_body::Body as _;
 use hyper::upgrade::OnUpgrade;
 use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
 
-use crate::attempt::{self, Answer, Attempt, Failure, Limits};
+use crate::attempt::{self, Answer, Attempt, Failure};
 use crate::cluster::{ClusterSpec, Discovery};
 use crate::fault::{AbortKind, Fault};
+use crate::grpc;
 use crate::hash_policy::{HashPolicy, RequestKey};
 use crate::headers::{FormatContext, OwnedHead};
 use crate::headers_layer::AfterRoute;
@@ -26,7 +27,7 @@ use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, is_idempotent};
 use crate::route::{Destination, Forward, Route};
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
-use crate::timeout::{self, Deadline, Timeouts};
+use crate::timeout::{self, Deadline, Limits, Timeouts};
 
 /// The request stays where it is and is passed by reference until it is sent: what an async function takes by value
 /// lies in its future once more, and futures are copied.
@@ -68,31 +69,29 @@ pub(crate) async fn forward(
     let head = OwnedHead::for_response(&destination.response_headers, request);
     let overrides = forward.client_overrides.then(|| Overrides::take(request.headers_mut()));
     let overrides = overrides.flatten();
-    let timeouts = Timeouts::of(forward, overrides.as_deref(), request.headers(), cx);
-    let deadline = timeouts.route.map(|timeout| {
-        let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
-        *request.body_mut() = body;
-        deadline
-    });
+    let grpc = grpc::is_grpc(request.headers());
+    let timeouts = Timeouts::of(forward, overrides.as_deref(), request.headers(), grpc, cx);
+    let mut deadline = timeouts
+        .route
+        .map(|timeout| Deadline::new(shard.timers(), timeout, request.body_mut(), timeout::route));
     let attempt = Attempt::new(shard, cx, cluster, runtime, version, on_upgrade.is_some(), fault)
         .choosing(key, &forward.retry);
     let mut response = {
         let overridden = overrides.map(|overrides| Box::new(overrides.retry(&forward.retry)));
         let policy = overridden.as_deref().unwrap_or(&forward.retry);
-        let tries = Tries { attempt: &attempt, policy, timeouts, grpc: is_grpc(request.headers()) };
+        let tries = Tries { attempt: &attempt, policy, timeouts, grpc };
         let exchange = std::pin::pin!(tries.run(request, on_upgrade));
-        match deadline {
+        match &mut deadline {
             None => exchange.await,
-            // Boxed: most requests have no deadline.
-            Some(deadline) => match Box::pin(deadline.bound(exchange)).await {
-                Some(response) => response,
-                None => {
-                    attempt.timed_out();
-                    Err(timeout::route())
-                }
-            },
+            Some(deadline) => deadline.bound(exchange).await.unwrap_or_else(|late| {
+                attempt.timed_out();
+                Err(late)
+            }),
         }
     };
+    if let (Some(deadline), Ok(response)) = (deadline, &mut response) {
+        attempt::bound(response.body_mut(), deadline);
+    }
     if let (RequestKey::Issued(issued), Ok(response)) = (attempt.key, &mut response) {
         give_cookie(cluster.spec(), issued, response);
     }
@@ -152,7 +151,8 @@ impl Tries<'_> {
         let mut progress = self.begin(request)?;
         let limits = Limits { per_try: self.timeouts.per_try, idle: self.timeouts.idle };
         loop {
-            self.timeouts.announce(request.headers_mut(), self.grpc);
+            let millis = |millis| self.attempt.shard.lock().millis(millis);
+            self.timeouts.announce(request.headers_mut(), self.grpc, millis);
             let tried = progress.again.as_ref().map_or(&[][..], |again| again.tried.as_slice());
             let outcome = self.attempt.once(request, limits, tried).await;
             let mut next = self.after(outcome, request, &mut progress, &mut on_upgrade);
@@ -308,11 +308,6 @@ fn seen(outcome: &Result<Answer, Failure>) -> Outcome<'_> {
         },
         Err(failure) => Outcome::Failed(failure.error.kind()),
     }
-}
-
-fn is_grpc(headers: &HeaderMap) -> bool {
-    let rest = headers.get(CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"));
-    rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
 /// The destination's header operations, then the rewrite.

@@ -21,6 +21,7 @@ mod endpoint;
 mod explain;
 mod fault;
 mod forward;
+mod grpc;
 pub mod hash_policy;
 pub mod headers;
 mod headers_layer;
@@ -80,4 +81,5 @@ pub use table::{KeyedBy, Lookup, RouteTable, VirtualHost};
 pub use tcp::{
     HttpPort, TcpConflict, TcpDestination, TcpDispatch, TcpMatch, TcpReport, TcpRoute, TcpRouteTable,
 };
+pub use timeout::{Timeout, TimeoutLayer};
 pub use weighted::{InvalidWeights, Weighted};
