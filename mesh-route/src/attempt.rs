@@ -42,7 +42,7 @@ use crate::pool::{Slot, exchange_error, h1, h2, overflow};
 use crate::retry::RetryPolicy;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
-use crate::timeout::{Deadline, Limits};
+use crate::timeout::{self, Deadline, Limits};
 
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
@@ -158,7 +158,7 @@ impl<'a> Attempt<'a> {
     pub(crate) async fn once(
         &self,
         request: &mut Request<Body>,
-        limits: Limits,
+        limits: &Limits,
         tried: &[u64],
     ) -> Result<Answer, Failure> {
         let unsent = |error| Failure { error, unsent: true, endpoint: None, injected: None };
@@ -194,12 +194,9 @@ impl<'a> Attempt<'a> {
                 },
             };
             self.note(&endpoint, &mut lease);
-            let deadline = limits.deadline(self.shard.timers(), request.body_mut());
+            let mut deadline = limits.deadline(self.shard.timers(), request.body_mut());
             let sending = pin!(lease.send(std::mem::take(request)));
-            let sent = match deadline {
-                None => Ok(sending.await),
-                Some(mut deadline) => deadline.bound(sending).await,
-            };
+            let sent = timeout::bound(&mut deadline, sending).await;
             match sent {
                 Ok(Ok(response)) => {
                     let grpc_status = grpc::status(response.headers());
@@ -246,7 +243,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// Draws the fault of a try: as if the upstream were late, or answered so.
-    async fn inject(&self, fault: &Fault, limits: Limits) -> Result<(), Failure> {
+    async fn inject(&self, fault: &Fault, limits: &Limits) -> Result<(), Failure> {
         let injected = fault.draw(&mut self.shard.lock().rng);
         let failure = |error, injected| Failure { error, unsent: true, endpoint: None, injected };
         if let Some(delay) = injected.delay {
@@ -254,7 +251,7 @@ impl<'a> Attempt<'a> {
             let most = limits.per_try.filter(|per_try| *per_try <= delay);
             tokio::time::sleep(most.unwrap_or(delay)).await;
             if most.is_some() {
-                return Err(failure(crate::timeout::per_try(), None));
+                return Err(failure(timeout::per_try(), None));
             }
         }
         match injected.abort {
@@ -416,7 +413,7 @@ impl<'a> Attempt<'a> {
             } else {
                 let body = body.with_hook(books);
                 match idle {
-                    Some(idle) => crate::timeout::bound_idle(body, idle),
+                    Some(idle) => timeout::bound_idle(body, idle),
                     None => body,
                 }
             }

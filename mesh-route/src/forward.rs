@@ -81,13 +81,10 @@ pub(crate) async fn forward(
         let policy = overridden.as_deref().unwrap_or(&forward.retry);
         let tries = Tries { attempt: &attempt, policy, timeouts, grpc };
         let exchange = std::pin::pin!(tries.run(request, on_upgrade));
-        match &mut deadline {
-            None => exchange.await,
-            Some(deadline) => deadline.bound(exchange).await.unwrap_or_else(|late| {
-                attempt.timed_out();
-                Err(late)
-            }),
-        }
+        timeout::bound(&mut deadline, exchange).await.unwrap_or_else(|late| {
+            attempt.timed_out();
+            Err(late)
+        })
     };
     if let (Some(deadline), Ok(response)) = (deadline, &mut response) {
         attempt::bound(response.body_mut(), deadline);
@@ -154,7 +151,7 @@ impl Tries<'_> {
             let millis = |millis| self.attempt.shard.lock().millis(millis);
             self.timeouts.announce(request.headers_mut(), self.grpc, millis);
             let tried = progress.again.as_ref().map_or(&[][..], |again| again.tried.as_slice());
-            let outcome = self.attempt.once(request, limits, tried).await;
+            let outcome = self.attempt.once(request, &limits, tried).await;
             let mut next = self.after(outcome, request, &mut progress, &mut on_upgrade);
             if let Next::Look(look) = next {
                 next = self.decide(Ok(*look.await), request, &mut progress, &mut on_upgrade);

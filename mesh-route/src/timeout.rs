@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use mesh_core::{Error, ErrorKind, RequestContext, ResponseFlags};
 
-pub(crate) use self::deadline::Deadline;
+pub(crate) use self::deadline::{Deadline, bound};
 pub(crate) use self::idle::bound_idle;
 pub use self::layer::{Timeout, TimeoutLayer};
 pub(crate) use self::limits::Limits;

@@ -73,18 +73,22 @@ impl Deadline {
         }
         timer.poll(cx).map(|()| error())
     }
+}
 
-    /// Runs an exchange, unless the deadline passes first.
-    ///
-    /// # Errors
-    /// The deadline's, when it has passed.
-    pub(crate) async fn bound<F: Future>(&mut self, mut exchange: Pin<&mut F>) -> Result<F::Output, Error> {
-        poll_fn(|cx| match exchange.as_mut().poll(cx) {
-            Poll::Ready(output) => Poll::Ready(Ok(output)),
-            Poll::Pending => self.poll_passed(cx).map(Err),
-        })
-        .await
-    }
+/// Runs an exchange, unless its deadline passes first. Awaited at one place whether there is a deadline or not, so that
+/// the exchange lies once in the future of a request.
+///
+/// # Errors
+/// The deadline's, when it has passed.
+pub(crate) fn bound<F: Future>(
+    deadline: &mut Option<Deadline>,
+    mut exchange: Pin<&mut F>,
+) -> impl Future<Output = Result<F::Output, Error>> {
+    poll_fn(move |cx| match (exchange.as_mut().poll(cx), &mut *deadline) {
+        (Poll::Ready(output), _) => Poll::Ready(Ok(output)),
+        (Poll::Pending, None) => Poll::Pending,
+        (Poll::Pending, Some(deadline)) => deadline.poll_passed(cx).map(Err),
+    })
 }
 
 impl Drop for Deadline {
