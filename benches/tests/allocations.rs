@@ -14,6 +14,7 @@ use std::sync::Arc;
 use http::{Request, Response};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
+use mesh_benches::stack::{ALL, ALL_ANSWERS, EACH, Idle, NONE, RETRY_ANSWERS, RETRY_CONNECT};
 use mesh_core::{
     Body, CatchPanicLayer, ClusterName, Direction, EdgeSettings, Error, LocalReplyLayer, NormalizeLayer,
     Panics, RequestContext, Slot,
@@ -277,4 +278,51 @@ fn the_future_of_a_request_is_small() {
     let bytes = size_of_val(&stack.call(Request::new(Body::empty())));
     println!("the future of the outbound stack: {bytes} bytes");
     assert!(bytes <= 2304, "{bytes} bytes");
+}
+
+/// Allocations of one exchange through the stack with a policy.
+async fn of_stack(idle: Idle, body: fn() -> Body) -> f64 {
+    let mut stack = mesh_benches::stack::to(idle, upstream(), Shard::seeded(1));
+    let mut total = 0;
+    for at in 0..WARM + COUNTED {
+        let mut request = mesh_benches::stack::request(body());
+        request.headers_mut().reserve(16);
+        let before = allocation_counter_now();
+        let response = stack.ready().await.unwrap().call(request).await.unwrap();
+        response.into_body().collect().await.unwrap();
+        if at >= WARM {
+            total += allocation_counter_now() - before;
+        }
+    }
+    total as f64 / COUNTED as f64
+}
+
+/// What a policy that is there and has nothing to do allocates: nothing. What is kept of a request for a retry that an
+/// answer can cause is three: the box of what is kept, and the two of a map of headers.
+#[test]
+fn policies_that_are_idle_allocate_nothing() {
+    on_one_thread(async {
+        let without = of_stack(NONE, Body::empty).await;
+        let nothing = EACH.iter().chain([&ALL]).map(|idle| (idle, 0.0));
+        let a_head = [&RETRY_ANSWERS, &ALL_ANSWERS].map(|idle| (idle, 3.0));
+        for (idle, allowed) in nothing.chain(a_head) {
+            let added = of_stack(*idle, Body::empty).await - without;
+            assert!((added - allowed).abs() < 0.05, "{}: {added}, not {allowed}", idle.name);
+        }
+    });
+}
+
+/// Whatever the body: a route whose retries are of class *Connect* clones, buffers and boxes nothing. Recording a body
+/// is three more than its head.
+#[test]
+fn vs_y08_each_class_of_retries_allocates_what_it_keeps() {
+    on_one_thread(async {
+        for (body, of_answers) in [(Body::empty as fn() -> Body, 3.0), (|| Body::full("abc"), 6.0)] {
+            let without = of_stack(NONE, body).await;
+            for (idle, allowed) in [(RETRY_CONNECT, 0.0), (RETRY_ANSWERS, of_answers)] {
+                let added = of_stack(idle, body).await - without;
+                assert!((added - allowed).abs() < 0.05, "{}: {added}, not {allowed}", idle.name);
+            }
+        }
+    });
 }

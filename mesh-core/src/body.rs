@@ -69,6 +69,11 @@ pub trait BodyHook: Any + Send {
         Poll::Pending
     }
 
+    /// Asked when there is no frame yet: an error ends the body, as in [`BodyHook::poll_end`].
+    fn poll_idle(&mut self, _cx: &mut Context<'_>) -> Poll<Error> {
+        Poll::Pending
+    }
+
     /// A data frame passed.
     fn on_data(&mut self, _data: &Bytes) {}
 
@@ -171,6 +176,12 @@ impl Body {
         Self { kind, first: None, meter: None, hook: None }
     }
 
+    fn fail(&mut self, error: Error) -> Error {
+        self.end(EndOfBody::Failed(&error));
+        self.kind = Kind::Empty;
+        error
+    }
+
     fn end(&mut self, end: EndOfBody<'_>) {
         if let Some(meter) = self.meter.take() {
             match &end {
@@ -200,13 +211,15 @@ impl HttpBody for Body {
             && let Poll::Ready(error) = hook.poll_end(cx)
         {
             this.first = None;
-            this.kind = Kind::Empty;
-            this.end(EndOfBody::Failed(&error));
-            return Poll::Ready(Some(Err(error)));
+            return Poll::Ready(Some(Err(this.fail(error))));
         }
         let frame = match (this.first.take(), &mut this.kind) {
             (Some(first), _) => Some(*first),
-            (None, kind) => ready!(poll_kind(kind, cx)),
+            (None, kind) => match (poll_kind(kind, cx), &mut this.hook) {
+                (Poll::Ready(frame), _) => frame,
+                (Poll::Pending, None) => return Poll::Pending,
+                (Poll::Pending, Some(hook)) => Some(Err(ready!(hook.poll_idle(cx)))),
+            },
         };
         Poll::Ready(match frame {
             Some(Ok(mut frame)) => {
@@ -224,11 +237,7 @@ impl HttpBody for Body {
                 }
                 Some(Ok(frame))
             }
-            Some(Err(error)) => {
-                this.end(EndOfBody::Failed(&error));
-                this.kind = Kind::Empty;
-                Some(Err(error))
-            }
+            Some(Err(error)) => Some(Err(this.fail(error))),
             None => {
                 this.end(EndOfBody::Complete);
                 None
@@ -332,6 +341,13 @@ impl BodyHook for Both {
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
         match self.0.poll_end(cx) {
             Poll::Pending => self.1.poll_end(cx),
+            end => end,
+        }
+    }
+
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        match self.0.poll_idle(cx) {
+            Poll::Pending => self.1.poll_idle(cx),
             end => end,
         }
     }

@@ -42,7 +42,7 @@ use crate::pool::{Slot, exchange_error, h1, h2, overflow};
 use crate::retry::RetryPolicy;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
-use crate::timeout::{self, Deadline, Limits};
+use crate::timeout::{self, Deadline, Idle, Limits};
 
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
@@ -213,6 +213,7 @@ impl<'a> Attempt<'a> {
                             lease: Some(lease),
                             _slot: None,
                             deadline: None,
+                            idle: None,
                             endpoint: Arc::clone(&endpoint),
                             _in_flight: in_flight,
                             _permit: permit,
@@ -411,11 +412,8 @@ impl<'a> Attempt<'a> {
                 books.close(true);
                 body
             } else {
-                let body = body.with_hook(books);
-                match idle {
-                    Some(idle) => timeout::bound_idle(body, idle),
-                    None => body,
-                }
+                let idle = idle.map(|idle| Idle::new(self.shard.timers(), idle));
+                body.with_hook(Books { idle, ..books })
             }
         }))
     }
@@ -482,6 +480,7 @@ struct Books {
     _slot: Option<Slot>,
     /// That of the route.
     deadline: Option<Deadline>,
+    idle: Option<Idle>,
     endpoint: Arc<Endpoint>,
     _in_flight: InFlight,
     _permit: Permit<ClusterRuntime>,
@@ -505,6 +504,16 @@ impl Books {
 impl BodyHook for Books {
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
         self.deadline.as_mut().map_or(Poll::Pending, |deadline| deadline.poll_passed(cx))
+    }
+
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        self.idle.as_mut().map_or(Poll::Pending, |idle| idle.poll_idle(cx))
+    }
+
+    fn on_data(&mut self, _: &Bytes) {
+        if let Some(idle) = &mut self.idle {
+            idle.received();
+        }
     }
 
     fn on_end(&mut self, end: EndOfBody<'_>) {

@@ -21,7 +21,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use mesh_core::{Error, ErrorKind, RequestContext, ResponseFlags};
 
 pub(crate) use self::deadline::{Deadline, bound};
-pub(crate) use self::idle::bound_idle;
+pub(crate) use self::idle::Idle;
 pub use self::layer::{Timeout, TimeoutLayer};
 pub(crate) use self::limits::Limits;
 pub(crate) use self::timers::Timers;

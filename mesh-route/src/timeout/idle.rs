@@ -1,56 +1,62 @@
 //! The idle timeout of a response: nothing of its body was received for too long.
 
-use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body::{Body as HttpBody, Frame, SizeHint};
-use mesh_core::{Body, Error};
-use tokio::time::{Instant, Sleep};
+use http::HeaderMap;
+use mesh_core::{BodyHook, EndOfBody, Error};
+use tokio::time::Instant;
 
-/// A body that fails when nothing is received of it for `timeout`.
-pub(crate) fn bound_idle(inner: Body, timeout: Duration) -> Body {
-    Body::new(Idle { inner, timeout, timer: None, waiting: false })
-}
+use super::timers::{Timer, Timers};
 
-struct Idle {
-    inner: Body,
+/// Ends a body of which nothing is received for `timeout`. The time between frames in which nobody asked for one is not
+/// the upstream's.
+#[derive(Debug)]
+pub(crate) struct Idle {
     timeout: Duration,
-    timer: Option<Pin<Box<Sleep>>>,
+    /// There, once it was waited for.
+    timer: Option<Box<Timer>>,
+    timers: Arc<Timers>,
     waiting: bool,
 }
 
-impl HttpBody for Idle {
-    type Data = Bytes;
-    type Error = Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let this = &mut *self;
-        if let Poll::Ready(frame) = Pin::new(&mut this.inner).poll_frame(cx) {
-            this.waiting = false;
-            return Poll::Ready(frame);
-        }
-        let timeout = this.timeout;
-        let timer = this.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
-        // The time between frames in which nobody asked for one is not the upstream's.
-        if !std::mem::replace(&mut this.waiting, true) {
-            timer.as_mut().reset(Instant::now() + timeout);
-        }
-        match timer.as_mut().poll(cx) {
-            Poll::Ready(()) => Poll::Ready(Some(Err(super::idle()))),
-            Poll::Pending => Poll::Pending,
-        }
+impl Idle {
+    pub(crate) fn new(timers: &Arc<Timers>, timeout: Duration) -> Self {
+        Self { timeout, timer: None, timers: Arc::clone(timers), waiting: false }
     }
 
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+    /// A frame passed.
+    pub(crate) fn received(&mut self) {
+        self.waiting = false;
+    }
+}
+
+impl BodyHook for Idle {
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        let timer = self.timer.get_or_insert_with(|| self.timers.take());
+        if !std::mem::replace(&mut self.waiting, true) {
+            timer.set(Instant::now() + self.timeout);
+        }
+        timer.poll(cx).map(|()| super::idle())
     }
 
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+    fn on_data(&mut self, _: &Bytes) {
+        self.received();
+    }
+
+    fn on_trailers(&mut self, _: &mut HeaderMap) {
+        self.received();
+    }
+
+    fn on_end(&mut self, _: EndOfBody<'_>) {}
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        if let Some(timer) = self.timer.take() {
+            self.timers.keep(timer);
+        }
     }
 }

@@ -14,7 +14,7 @@ use pin_project::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use super::{Deadline, Limits, Timeouts, Timers, bound_idle};
+use super::{Deadline, Idle, Limits, Timeouts, Timers};
 use crate::grpc;
 
 /// Bounds the time of a request: from the end of the request to the end of its response (VS-T01), and the time in which
@@ -124,6 +124,7 @@ where
         let whole = timeouts.route.map(|whole| Deadline::new(&self.timers, whole, body, super::route));
         let head = idle.filter(|idle| timeouts.route.is_none_or(|whole| *idle < whole));
         let head = Limits { per_try: None, idle: head }.deadline(&self.timers, body);
+        let idle = idle.map(|idle| Idle::new(&self.timers, idle));
         ResponseFuture { inner: self.inner.call(request), whole, head, idle }
     }
 }
@@ -136,7 +137,7 @@ pub struct ResponseFuture<F> {
     inner: F,
     whole: Option<Deadline>,
     head: Option<Deadline>,
-    idle: Option<Duration>,
+    idle: Option<Idle>,
 }
 
 impl<F, R, E> Future for ResponseFuture<F>
@@ -161,8 +162,8 @@ where
         let bound = |body: R| {
             let mut body = Body::new(body);
             if !body.is_end_stream() {
-                if let Some(idle) = *this.idle {
-                    body = bound_idle(body, idle);
+                if let Some(idle) = this.idle.take() {
+                    body = body.with_hook(idle);
                 }
                 if let Some(deadline) = this.whole.take() {
                     body = body.with_hook(deadline);
