@@ -38,14 +38,14 @@ use crate::grpc;
 use crate::hash_policy::RequestKey;
 use crate::outlier::Observation;
 use crate::permit::Permit;
-use crate::pool::{Slot, exchange_error, h1, h2, overflow};
+use crate::pool::{Slot, h1, h2, overflow, upstream_error};
 use crate::retry::RetryPolicy;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
 use crate::timeout::{self, Deadline, Idle, Limits};
 
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
-const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+pub(crate) const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
 /// How often an unsent request is put on another connection. Idle connections may all have died together, so the
 /// last try is always on a new one.
@@ -226,7 +226,7 @@ impl<'a> Attempt<'a> {
                 Ok(Err(mut failed)) => match failed.take_message() {
                     Some(unsent) if tries < UNSENT_TRIES => *request = unsent,
                     message => {
-                        let error = exchange_error(failed.into_error());
+                        let error = upstream_error(failed.into_error());
                         self.observe_failure(&endpoint, error.kind());
                         let unsent = message.is_some();
                         if let Some(message) = message {
@@ -469,7 +469,7 @@ async fn frame_now(body: &mut Incoming) -> Option<Option<Result<Frame<Bytes>, hy
 }
 
 /// Frames of an answer that is given up which are read to keep its connection.
-const DISCARDED_FRAMES: u32 = 4;
+pub(crate) const DISCARDED_FRAMES: u32 = 4;
 
 type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
 

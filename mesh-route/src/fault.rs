@@ -14,19 +14,18 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::{Request, StatusCode};
 use mesh_core::{Error, RequestContext, ResponseFlags};
 use pin_project::pin_project;
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng as _};
+use rand::Rng;
 use tokio::time::Sleep;
 use tower_layer::Layer;
 use tower_service::Service;
 
+use crate::draws::Draws;
 use crate::percentage::Percentage;
 use crate::route::{Route, policies};
 
@@ -259,12 +258,7 @@ impl<S> Layer<S> for FaultLayer {
     type Service = InjectFault<S>;
 
     fn layer(&self, inner: S) -> InjectFault<S> {
-        let seed = self.seed.unwrap_or_else(rand::random);
-        InjectFault {
-            inner,
-            draws: Arc::new(Draws { seed, next: AtomicU64::new(0) }),
-            trust_headers: self.trust_headers,
-        }
+        InjectFault { inner, draws: Arc::new(Draws::new(self.seed)), trust_headers: self.trust_headers }
     }
 }
 
@@ -274,21 +268,6 @@ pub struct InjectFault<S> {
     inner: S,
     draws: Arc<Draws>,
     trust_headers: bool,
-}
-
-/// A generator for each request with a fault, numbered, so that clones neither repeat one another nor share a lock.
-#[derive(Debug)]
-struct Draws {
-    seed: u64,
-    next: AtomicU64,
-}
-
-impl Draws {
-    fn rng(&self) -> SmallRng {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        // The seed is mixed into a whole state, so neighbours have nothing in common.
-        SmallRng::seed_from_u64(self.seed.wrapping_add(number))
-    }
 }
 
 impl<S> InjectFault<S> {
@@ -437,7 +416,7 @@ mod tests {
         let drawn = |draws: &Draws| -> Vec<bool> {
             (0..256).map(|_| !fault.draw(&mut draws.rng()).is_nothing()).collect()
         };
-        let draws = |seed| Draws { seed, next: AtomicU64::new(0) };
+        let draws = |seed| Draws::new(Some(seed));
         assert_eq!(drawn(&draws(7)), drawn(&draws(7)));
         assert_ne!(drawn(&draws(7)), drawn(&draws(1 << 40)));
         let service = FaultLayer::seeded(7).layer(());

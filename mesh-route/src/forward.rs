@@ -23,7 +23,7 @@ use crate::headers_layer::AfterRoute;
 use crate::overrides::Overrides;
 use crate::permit::Permit;
 use crate::request_view::RequestView;
-use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, is_idempotent};
+use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, after_retries, is_idempotent};
 use crate::route::{Destination, Forward, Route};
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
@@ -275,16 +275,6 @@ impl Tries<'_> {
         let pause = self.policy.backoff.before(retry, &mut self.attempt.shard.lock().rng);
         tokio::time::sleep(pause).await;
     }
-}
-
-/// The reply says, as Envoy's does, that this was not the only try.
-fn after_retries(error: Error) -> Error {
-    const ONE: &str = "reset reason: ";
-    let Some(text) = std::str::from_utf8(error.body()).ok().filter(|text| text.contains(ONE)) else {
-        return error;
-    };
-    let text = text.replacen(ONE, "retried and the latest reset reason: ", 1);
-    error.with_body(text)
 }
 
 fn seen(outcome: &Result<Answer, Failure>) -> Outcome<'_> {

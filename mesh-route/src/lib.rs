@@ -15,6 +15,7 @@ mod cors;
 mod direct_response;
 pub mod discover;
 mod dispatch;
+mod draws;
 #[cfg(feature = "istio")]
 pub mod dump;
 mod endpoint;
@@ -65,10 +66,12 @@ pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
 pub use outlier::OutlierDetection;
 pub use percentage::Percentage;
+pub use pool::upstream_error;
 pub use redirect::{Redirect, RedirectPath, RedirectPort};
 pub use request_view::RequestView;
 pub use retry::{
-    Backoff, Outcome, RetryBudget, RetryClass, RetryOn, RetryPolicy, UnknownCondition, is_idempotent,
+    Backoff, Outcome, Retry, RetryBudget, RetryClass, RetryLayer, RetryOn, RetryPolicy, RetryState,
+    UnknownCondition, is_idempotent,
 };
 pub use rewrite::{PathRewrite, RegexRewrite, Rewrite};
 pub use route::{

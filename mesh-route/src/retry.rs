@@ -12,11 +12,29 @@
 mod admission;
 mod backoff;
 mod budget;
+mod layer;
+mod lent;
 mod policy;
 mod replay;
+mod state;
 
-pub(crate) use admission::Retries;
-pub use backoff::Backoff;
-pub use budget::RetryBudget;
-pub use policy::{Outcome, RetryClass, RetryOn, RetryPolicy, UnknownCondition, is_idempotent};
-pub(crate) use replay::Replay;
+use mesh_core::Error;
+
+pub(crate) use self::admission::Retries;
+pub use self::backoff::Backoff;
+pub use self::budget::RetryBudget;
+pub(crate) use self::layer::PreviousHosts;
+pub use self::layer::{Retry, RetryLayer};
+pub use self::policy::{Outcome, RetryClass, RetryOn, RetryPolicy, UnknownCondition, is_idempotent};
+pub(crate) use self::replay::Replay;
+pub use self::state::RetryState;
+
+/// The reply says, as Envoy's does, that this was not the only try.
+pub(crate) fn after_retries(error: Error) -> Error {
+    const ONE: &str = "reset reason: ";
+    let Some(text) = std::str::from_utf8(error.body()).ok().filter(|text| text.contains(ONE)) else {
+        return error;
+    };
+    let text = text.replacen(ONE, "retried and the latest reset reason: ", 1);
+    error.with_body(text)
+}

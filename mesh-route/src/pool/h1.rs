@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use mesh_core::{Body, ConnectTarget, Error};
 use tokio::sync::oneshot;
 
-use super::{ConnMeta, Slot, exchange_error, pending};
+use super::{ConnMeta, Slot, pending, upstream_error};
 use crate::cluster::ClusterSpec;
 use crate::connect::open;
 use crate::endpoint::Endpoint;
@@ -170,7 +170,7 @@ impl Lease {
             .max_buf_size(BUFFER)
             .handshake(TokioIo::new(stream))
             .await
-            .map_err(exchange_error)?;
+            .map_err(upstream_error)?;
         tokio::spawn(async move {
             // What ends it is seen by whoever holds the sender.
             let _ = connection.with_upgrades().await;

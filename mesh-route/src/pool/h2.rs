@@ -15,7 +15,7 @@ use mesh_core::{Body, ConnectTarget, Error};
 use pin_project::pin_project;
 use tokio::sync::Notify;
 
-use super::{ConnMeta, Slot, again, exchange_error, pending};
+use super::{ConnMeta, Slot, again, pending, upstream_error};
 use crate::cluster::ClusterSpec;
 use crate::connect::{Stream as Transport, open};
 use crate::endpoint::Endpoint;
@@ -192,7 +192,7 @@ impl Lease {
             .initial_connection_window_size(STREAM_WINDOW * 16)
             .handshake(TokioIo::new(stream))
             .await
-            .map_err(exchange_error)?;
+            .map_err(upstream_error)?;
         let allowed = Arc::new(AtomicU32::new(u32::MAX));
         let changed = shard.lock().h2.get(&endpoint.id()).map(|pool| Arc::clone(&pool.changed));
         let driver = Driver { connection, allowed: Arc::clone(&allowed), changed };

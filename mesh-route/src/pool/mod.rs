@@ -112,8 +112,11 @@ pub(crate) fn overflow(runtime: &ClusterRuntime) -> Error {
     .with_body("upstream connect error or disconnect/reset before headers. reset reason: overflow")
 }
 
-/// What hyper says of an exchange that failed after the request may have been written.
-pub(crate) fn exchange_error(error: hyper::Error) -> Error {
+/// What hyper says of an exchange that failed after the request may have been written, for a client over
+/// `hyper::client::conn` whose requests go through layers: retries and outlier detection read its kind. A connection that
+/// could not be made is not hyper's to tell; that is [`ErrorKind::ConnectFailure`].
+#[must_use]
+pub fn upstream_error(error: hyper::Error) -> Error {
     let mut kind = ErrorKind::UpstreamReset;
     let (status, flags, reason) = if error.is_parse() || error.is_parse_too_large() {
         kind = ErrorKind::UpstreamProtocol;
