@@ -9,6 +9,7 @@ mod attempt;
 pub mod balance;
 mod builder;
 pub mod canary;
+mod circuit_breaker;
 mod cluster;
 mod connect;
 mod cors;
@@ -49,6 +50,7 @@ mod weighted;
 
 pub use balance::{Balancer, LocalityWeights, WarmUp};
 pub use builder::{BuildError, RouteBuilder, RouteTableBuilder};
+pub use circuit_breaker::{CircuitBreaker, CircuitBreakerLayer};
 pub use cluster::{
     BalancerKind, Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, PoolSettings, TcpKeepalive,
     UpstreamProtocol,

@@ -14,16 +14,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::StatusCode;
 use mesh_core::{Error, ErrorKind, ResponseFlags};
 
+use crate::circuit_breaker;
 use crate::cluster::PoolSettings;
 use crate::endpoint::Endpoint;
 use crate::permit::Permit;
 use crate::runtime::ClusterRuntime;
-
-/// Says in a reply that a limit of ours refused the request.
-const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
 
 /// What a connection is, beside hyper's handle.
 #[derive(Debug)]
@@ -99,17 +97,10 @@ fn pending(runtime: &Arc<ClusterRuntime>, settings: &PoolSettings) -> Result<Per
         .ok_or_else(|| overflow(runtime))
 }
 
-/// A limit of the cluster refuses the request: 503 `UO`.
+/// A limit of the cluster refuses the request.
 pub(crate) fn overflow(runtime: &ClusterRuntime) -> Error {
     runtime.overflows.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    Error::new(
-        ErrorKind::Overflow,
-        StatusCode::SERVICE_UNAVAILABLE,
-        ResponseFlags::UPSTREAM_OVERFLOW,
-        "upstream_reset_before_response_started{overflow}",
-    )
-    .with_header(OVERLOADED, HeaderValue::from_static("true"))
-    .with_body("upstream connect error or disconnect/reset before headers. reset reason: overflow")
+    circuit_breaker::overflow()
 }
 
 /// What hyper says of an exchange that failed after the request may have been written, for a client over
