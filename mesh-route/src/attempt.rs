@@ -36,7 +36,7 @@ use crate::endpoint::{Endpoint, InFlight};
 use crate::fault::{AbortKind, Fault};
 use crate::grpc;
 use crate::hash_policy::RequestKey;
-use crate::outlier::Observation;
+use crate::outlier::{Observation, no_healthy_upstream};
 use crate::permit::Permit;
 use crate::pool::{Slot, h1, h2, overflow, upstream_error};
 use crate::retry::RetryPolicy;
@@ -327,15 +327,7 @@ impl<'a> Attempt<'a> {
                 self.shard.pick(self.cluster, self.runtime, &choice)
             }
         };
-        endpoint.ok_or_else(|| {
-            Error::new(
-                ErrorKind::NoHealthyUpstream,
-                StatusCode::SERVICE_UNAVAILABLE,
-                ResponseFlags::NO_HEALTHY_UPSTREAM,
-                "no_healthy_upstream",
-            )
-            .with_body("no healthy upstream")
-        })
+        endpoint.ok_or_else(no_healthy_upstream)
     }
 
     /// What is open already, if it has room.

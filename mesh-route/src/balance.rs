@@ -18,6 +18,7 @@ pub mod priority;
 mod random;
 pub mod ring_hash;
 mod round_robin;
+mod service;
 mod warm_up;
 
 use std::collections::{BTreeMap, HashMap};
@@ -29,6 +30,7 @@ use rand::{Rng, RngExt as _};
 
 pub use self::locality::LocalityWeights;
 pub use self::round_robin::Cursors;
+pub use self::service::{Balance, NotStatic};
 pub use self::warm_up::WarmUp;
 
 use self::warm_up::Warming;

@@ -338,7 +338,7 @@ fn set_authority(request: &mut Request<Body>, authority: HeaderValue) {
 }
 
 /// Gives the client the cookie by which it will be known (DR-LB03).
-fn give_cookie(spec: &ClusterSpec, issued: u64, response: &mut Response<Body>) {
+pub(crate) fn give_cookie<B>(spec: &ClusterSpec, issued: u64, response: &mut Response<B>) {
     if let Some(HashPolicy::Cookie(cookie)) = &spec.hash_policy
         && let Some(value) = cookie.set_cookie(issued)
     {

@@ -48,7 +48,7 @@ mod tcp;
 mod timeout;
 mod weighted;
 
-pub use balance::{Balancer, LocalityWeights, WarmUp};
+pub use balance::{Balance, Balancer, LocalityWeights, NotStatic, WarmUp};
 pub use builder::{BuildError, RouteBuilder, RouteTableBuilder};
 pub use circuit_breaker::{CircuitBreaker, CircuitBreakerLayer};
 pub use cluster::{
@@ -66,7 +66,7 @@ pub use fault::{
 pub use hash_policy::{HashCookie, HashPolicy, InvalidHashPolicy, RequestKey};
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
-pub use outlier::OutlierDetection;
+pub use outlier::{DetectOutlier, OutlierDetection, OutlierDetectionLayer, OutlierGroup};
 pub use percentage::Percentage;
 pub use pool::upstream_error;
 pub use redirect::{Redirect, RedirectPath, RedirectPort};

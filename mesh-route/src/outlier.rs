@@ -13,6 +13,8 @@
 //! status it stands for. Connect failures, resets and timeouts count as 503 and 504, or, when they are told apart, as
 //! local-origin failures. What a limit of ours refused never counts (DR-CP04), and neither does what a client cancelled.
 
+mod layer;
+
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::net::SocketAddr;
@@ -21,6 +23,9 @@ use std::time::{Duration, Instant};
 
 use http::StatusCode;
 use mesh_core::ErrorKind;
+
+pub(crate) use self::layer::no_healthy_upstream;
+pub use self::layer::{DetectOutlier, OutlierDetectionLayer, OutlierGroup};
 
 /// Ejections and returns that are remembered per cluster.
 const EVENTS: usize = 64;

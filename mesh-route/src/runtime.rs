@@ -125,6 +125,18 @@ impl ClusterRuntime {
         }
     }
 
+    /// One that belongs to no registry, for endpoints that are judged together.
+    pub(crate) fn alone(name: ClusterName) -> Self {
+        Self::new(name, Tables::default())
+    }
+
+    /// Outlier detection forgets the endpoints that are gone.
+    pub(crate) fn retain_outliers(&self, is_known: impl FnMut(&SocketAddr) -> bool) {
+        let mut detector = self.detector();
+        detector.retain(is_known);
+        self.set_next_return(&detector);
+    }
+
     /// A number that no other cluster of this process has or had.
     #[must_use]
     pub fn id(&self) -> u64 {
