@@ -233,6 +233,7 @@ pub struct ResponseFuture<S: Service<Request<B>>, B> {
 }
 
 #[pin_project(project = StateProjection)]
+#[allow(clippy::large_enum_variant, reason = "the future of a service holds its request too")]
 enum State<S: Service<Request<B>>, B> {
     /// The request is there until the service is ready.
     Readying(S, Option<Request<B>>),

@@ -228,6 +228,7 @@ struct Kept<S> {
     next: Option<Request<Body>>,
 }
 
+#[allow(clippy::large_enum_variant, reason = "it is taken apart at once")]
 enum Next {
     Done(Result<Response<Body>, Error>),
     Pause(Pin<Box<Sleep>>),

@@ -19,6 +19,10 @@ const MOST: usize = 1024;
 
 /// The timers of a shard, or of one layer's service and its clones. Whoever else is at them just now is not waited for.
 #[derive(Debug, Default)]
+#[allow(
+    clippy::vec_box,
+    reason = "whoever takes one holds a pointer, and moving it out of its box would be a copy"
+)]
 pub(crate) struct Timers(Mutex<Vec<Box<Timer>>>);
 
 /// A timer, for the runtime that made it.
