@@ -10,6 +10,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{Request, Response};
 use http_body_util::BodyExt as _;
@@ -21,8 +22,9 @@ use mesh_core::{
 };
 use mesh_route::select::reselect;
 use mesh_route::{
-    Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec, FaultLayer, HeadersLayer,
-    RouteBuilder, RouteTable, SelectRouteLayer, Shard, dispatch,
+    Balance, CircuitBreakerLayer, Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec,
+    FaultLayer, HeadersLayer, OutlierDetection, OutlierGroup, RetryLayer, RetryOn, RetryPolicy, RouteBuilder,
+    RouteTable, SelectRouteLayer, Shard, TimeoutLayer, dispatch,
 };
 use mesh_telemetry::access_log::{AccessLogLayer, AccessLogSink};
 use tower::{Layer, Service, ServiceExt as _};
@@ -120,7 +122,7 @@ where
     per_request(select.layer(layer.layer(Ready))).await - per_request(select.layer(Ready)).await
 }
 
-/// Answers at once.
+/// Answers at once, with a body, as guards live in bodies.
 #[derive(Clone)]
 struct Ready;
 
@@ -134,7 +136,7 @@ impl Service<Request<Body>> for Ready {
     }
 
     fn call(&mut self, _: Request<Body>) -> Self::Future {
-        std::future::ready(Ok(Response::new(Body::empty())))
+        std::future::ready(Ok(Response::new(Body::from("ok"))))
     }
 }
 
@@ -205,6 +207,11 @@ async fn measured() -> BTreeMap<&'static str, f64> {
     let (sink, writer) = AccessLogSink::new();
     std::thread::spawn(move || writer.run(std::io::sink()));
     let edge = Slot::fixed(EdgeSettings::default());
+    let retry = |on| RetryLayer::new(RetryPolicy::new(2, RetryOn::parse(on).unwrap()));
+    let outliers = OutlierGroup::new("a", OutlierDetection::default());
+    let addr = ([127, 0, 0, 1], 1).into();
+    let spec = ClusterSpec::new(ClusterName::custom("a"), Discovery::Static(vec![EndpointSpec::new(addr)]));
+    let balance = Balance::new(spec, &Clusters::new(), |_| Ready).unwrap();
     BTreeMap::from([
         ("AccessLogLayer (off)", of_layer(AccessLogLayer::off()).await),
         ("AccessLogLayer", of_layer(AccessLogLayer::new(sink)).await),
@@ -216,6 +223,13 @@ async fn measured() -> BTreeMap<&'static str, f64> {
         ("CorsLayer", of_policy_layer(CorsLayer::new()).await),
         ("HeadersLayer", of_layer(HeadersLayer::new()).await),
         ("dispatch", of_dispatch().await),
+        ("TimeoutLayer", of_layer(TimeoutLayer::new(Duration::from_secs(15))).await),
+        ("RetryLayer (never)", of_layer(RetryLayer::new(RetryPolicy::never())).await),
+        ("RetryLayer (Connect)", of_layer(retry("connect-failure")).await),
+        ("RetryLayer (Head)", of_layer(retry("5xx")).await),
+        ("CircuitBreakerLayer", of_layer(CircuitBreakerLayer::new().max_requests(10)).await),
+        ("OutlierDetectionLayer", of_layer(outliers.endpoint(addr)).await),
+        ("Balance", per_request(balance).await - per_request(Ready).await),
         ("RequestContext", of_context()),
     ])
 }

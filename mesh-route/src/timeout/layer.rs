@@ -80,7 +80,9 @@ impl<S> Layer<S> for TimeoutLayer {
     type Service = Timeout<S>;
 
     fn layer(&self, inner: S) -> Timeout<S> {
-        Timeout { inner, limits: *self, timers: Arc::default() }
+        let millis = self.timeout.map_or(0, |timeout| timeout.as_millis() as u64);
+        let announced = (millis, HeaderValue::from(millis));
+        Timeout { inner, limits: *self, announced, timers: Arc::default() }
     }
 }
 
@@ -89,6 +91,8 @@ impl<S> Layer<S> for TimeoutLayer {
 pub struct Timeout<S> {
     inner: S,
     limits: TimeoutLayer,
+    /// What most requests are told.
+    announced: (u64, HeaderValue),
     timers: Arc<Timers>,
 }
 
@@ -119,7 +123,11 @@ where
         };
         let timeouts = Timeouts { route: timeout, idle, ..Timeouts::default() };
         let timeouts = timeouts.capped(request.headers(), grpc, received_at);
-        timeouts.announce(request.headers_mut(), grpc, HeaderValue::from);
+        let millis = |millis| match &self.announced {
+            (announced, text) if *announced == millis => text.clone(),
+            _ => HeaderValue::from(millis),
+        };
+        timeouts.announce(request.headers_mut(), grpc, millis);
         let body = request.body_mut();
         let whole = timeouts.route.map(|whole| Deadline::new(&self.timers, whole, body, super::route));
         let head = idle.filter(|idle| timeouts.route.is_none_or(|whole| *idle < whole));
