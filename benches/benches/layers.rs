@@ -210,8 +210,8 @@ fn idle_layers(c: &mut Criterion) {
     let mut group = c.benchmark_group("idle_layer");
     let group = &mut group;
     let retry = |on| RetryLayer::new(RetryPolicy::new(2, RetryOn::parse(on).unwrap())).layer(AtOnce);
-    let (empty, full): (fn() -> Body, fn() -> Body) =
-        (Body::empty, || Body::full(Bytes::from_static(b"abc")));
+    let empty: fn() -> Body = Body::empty;
+    let full: fn() -> Body = || Body::full(Bytes::from_static(b"abc"));
     idle(group, "none", empty, AtOnce);
     idle(group, "timeout, absent", empty, TimeoutLayer::default().layer(AtOnce));
     idle(group, "timeout", empty, TimeoutLayer::new(Duration::from_secs(15)).layer(AtOnce));

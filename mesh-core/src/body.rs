@@ -63,8 +63,7 @@ pub enum EndOfBody<'a> {
 
 /// Hears what happens to a body. [`BodyHook::on_end`] is called exactly once.
 pub trait BodyHook: Any + Send {
-    /// Asked before each frame: an error ends the body there, which a limit on time does. Whoever is not asked again
-    /// wakes the task.
+    /// Asked before each frame: an error ends the body there. A hook that has none yet wakes the task when it has.
     fn poll_end(&mut self, _cx: &mut Context<'_>) -> Poll<Error> {
         Poll::Pending
     }

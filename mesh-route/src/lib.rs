@@ -3,6 +3,10 @@
 //! A [`RouteTable`] is the compiled model: made in Rust ([`RouteTable::builder`]) or from Istio YAML (feature `istio`).
 //! [`SelectRouteLayer`] pins the route that takes a request, [`HeadersLayer`] applies its header operations, and
 //! [`dispatch()`] sends the request to one of its clusters, redirects, or answers. [`explain`] says why.
+//!
+//! What dispatch does with timeouts, retries, limits, outlier detection and load balancing is there without it too, for
+//! any service of a server or client: [`TimeoutLayer`], [`RetryLayer`], [`CircuitBreakerLayer`],
+//! [`OutlierDetectionLayer`], [`Balance`]. They share their decisions with dispatch, and nothing else.
 #![forbid(unsafe_code)]
 
 mod attempt;
