@@ -243,6 +243,7 @@ impl RequestContext {
 
     /// The policies of the pinned route ([`PinnedRoute::policies`]); 0 without one.
     #[must_use]
+    #[inline]
     pub fn route_policies(&self) -> u32 {
         self.0.policies.load(Ordering::Relaxed)
     }

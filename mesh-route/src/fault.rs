@@ -272,14 +272,7 @@ pub struct InjectFault<S> {
 
 impl<S> InjectFault<S> {
     fn injected<B>(&self, request: &Request<B>) -> Injected {
-        let route = request
-            .extensions()
-            .get::<RequestContext>()
-            .filter(|context| context.route_policies() & policies::FAULT != 0)
-            .and_then(RequestContext::route::<Route>);
-        if route.is_none() && !self.trust_headers {
-            return Injected::default();
-        }
+        let route = request.extensions().get::<RequestContext>().and_then(RequestContext::route::<Route>);
         let mut fault = route
             .and_then(|route| route.action().fault)
             .filter(|fault| fault.scope == FaultScope::PerRequest)
@@ -305,7 +298,22 @@ where
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
+    #[inline]
     fn call(&mut self, request: Request<B>) -> ResponseFuture<S, B> {
+        if self.trust_headers || policies::has(&request, policies::FAULT) {
+            return self.call_with_fault(request);
+        }
+        ResponseFuture(State::Running(self.inner.call(request)))
+    }
+}
+
+impl<S> InjectFault<S> {
+    /// Apart, so that what has no fault passes without a call.
+    #[inline(never)]
+    fn call_with_fault<B>(&mut self, request: Request<B>) -> ResponseFuture<S, B>
+    where
+        S: Service<Request<B>> + Clone,
+    {
         let injected = self.injected(&request);
         ResponseFuture(match injected {
             Injected { delay: None, abort: None } => State::Running(self.inner.call(request)),
@@ -355,8 +363,24 @@ where
 {
     type Output = Result<T, Error>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut state = self.project().0;
+        match state.as_mut().project() {
+            StateProjection::Running(future) => future.poll(cx).map_err(Into::into),
+            _ => state.poll_injected(cx),
+        }
+    }
+}
+
+impl<S, B, T> State<S, B>
+where
+    S: Service<Request<B>, Response = T>,
+    S::Error: Into<Error>,
+{
+    #[inline(never)]
+    fn poll_injected(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<T, Error>> {
+        let mut state = self;
         loop {
             let next = match state.as_mut().project() {
                 StateProjection::Running(future) => return future.poll(cx).map_err(Into::into),

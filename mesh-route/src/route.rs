@@ -38,6 +38,13 @@ pub(crate) mod policies {
     pub(crate) const HEADERS: u32 = 1;
     pub(crate) const FAULT: u32 = 1 << 1;
     pub(crate) const CORS: u32 = 1 << 2;
+
+    /// Whether the route of a request has this policy.
+    #[inline]
+    pub(crate) fn has<B>(request: &http::Request<B>, policy: u32) -> bool {
+        let context = request.extensions().get::<mesh_core::RequestContext>();
+        context.is_some_and(|context| context.route_policies() & policy != 0)
+    }
 }
 
 /// What a request must be like. Every predicate must hold; no predicate at all matches everything.
