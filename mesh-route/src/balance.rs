@@ -19,6 +19,7 @@ mod random;
 pub mod ring_hash;
 mod round_robin;
 mod warm_up;
+pub mod zone_aware;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ use rand::{Rng, RngExt as _};
 pub use self::locality::LocalityWeights;
 pub use self::round_robin::Cursors;
 pub use self::warm_up::WarmUp;
+pub use self::zone_aware::ZoneAware;
 
 use self::warm_up::Warming;
 use crate::cluster::{BalancerKind, ClusterSpec};
@@ -70,6 +72,7 @@ struct Layout {
     warm_up: Option<WarmUp>,
     /// The panic threshold; `None` when nobody is ever out.
     panic_threshold: Option<u32>,
+    zone_aware: Option<ZoneAware>,
     tiers: Box<[Tier]>,
 }
 
@@ -79,7 +82,8 @@ struct Tier {
     priority: u32,
     endpoints: Arc<EndpointSet>,
     table: Option<Arc<Table>>,
-    /// Weight and endpoints of each locality; empty when localities have no weights.
+    /// Weight and endpoints of each locality; empty when localities do not count. Of zone aware routing the weights are
+    /// computed with what is available.
     localities: Box<[(u32, Arc<EndpointSet>)]>,
 }
 
@@ -120,6 +124,7 @@ impl Balancer {
             kind: spec.balancer,
             warm_up: spec.warm_up.filter(|_| warms_up),
             panic_threshold: spec.outlier_detection.as_ref().map(|config| config.min_health_percent),
+            zone_aware: spec.zone_aware.clone(),
             tiers: tiers(spec, endpoints, tables),
         };
         Self::available(Arc::new(layout))
@@ -156,19 +161,19 @@ impl Balancer {
                 let warming = Warming::of(layout.warm_up, &endpoints);
                 Part { upto, index: index - 1, endpoints, warming }
             };
-            let parts: Box<[_]> = if tier.localities.is_empty() || load.panic {
-                Box::new([part(1, left(&tier.endpoints))])
-            } else {
-                let mut weights = 0;
-                tier.localities
-                    .iter()
-                    .map(|(weight, endpoints)| {
-                        let left = left(endpoints);
-                        weights +=
-                            u64::from(*weight) * u64::from(priority::available(left.len(), endpoints.len()));
-                        part(weights, left)
-                    })
-                    .collect()
+            let localities = (!load.panic)
+                .then(|| tier.localities.iter().map(|(_, all)| left(all)).collect::<Vec<_>>())
+                .and_then(|left| Some((tier.weights(layout.zone_aware.as_ref(), &left)?, left)));
+            let parts: Box<[_]> = match localities {
+                None => Box::new([part(1, left(&tier.endpoints))]),
+                Some((weights, left)) => {
+                    let mut upto = 0;
+                    let upto = weights.into_iter().map(|weight| {
+                        upto += weight;
+                        upto
+                    });
+                    upto.zip(left).map(|(upto, left)| part(upto, left)).collect()
+                }
             };
             upto += load.percent;
             let available = if load.panic { 100 } else { priority::available(*available, *all) };
@@ -282,6 +287,27 @@ impl Balancer {
     }
 }
 
+impl Tier {
+    /// The weight of each locality, of which so many endpoints are left; `None` when localities do not count.
+    fn weights(&self, zone_aware: Option<&ZoneAware>, left: &[Arc<EndpointSet>]) -> Option<Vec<u64>> {
+        let both = || self.localities.iter().zip(left);
+        match zone_aware {
+            _ if self.localities.is_empty() => None,
+            Some(zone_aware) => {
+                let counts = both()
+                    .map(|((_, all), left)| (all.at(0).map_or("", |member| &*member.locality), left.len()));
+                zone_aware.weights(&counts.collect::<Vec<_>>())
+            }
+            None => {
+                let weight = |((weight, all), left): (&(u32, Arc<EndpointSet>), &Arc<EndpointSet>)| {
+                    u64::from(*weight) * u64::from(priority::available(left.len(), all.len()))
+                };
+                Some(both().map(weight).collect())
+            }
+        }
+    }
+}
+
 impl Level {
     fn part(&self, rng: &mut impl Rng) -> Option<&Part> {
         match &*self.parts {
@@ -302,11 +328,18 @@ fn tiers(spec: &ClusterSpec, endpoints: &Arc<EndpointSet>, tables: &Tables) -> B
         by_priority.entry(member.priority).or_default().push(member.clone());
     }
     let is_table = spec.balancer.is_by_hash();
-    let whole = by_priority.len() == 1 && spec.locality_weights.is_none();
+    let zone_aware = spec.zone_aware.is_some() && !is_table;
+    let whole = by_priority.len() == 1 && spec.locality_weights.is_none() && !zone_aware;
     by_priority
         .into_iter()
-        .map(|(priority, members)| {
-            let localities = spec.locality_weights.as_ref().map(|weights| weights.split(&members));
+        .enumerate()
+        .map(|(at, (priority, members))| {
+            let localities = match &spec.locality_weights {
+                Some(weights) => Some(weights.split(&members)),
+                // Zones count in the first priority alone, as in Envoy.
+                None if zone_aware && at == 0 => Some(locality::group(&members)),
+                None => None,
+            };
             let (endpoints, localities): (_, Box<[_]>) = match localities {
                 None if whole => (Arc::clone(endpoints), Box::default()),
                 None => (Arc::new(EndpointSet::of(members)), Box::default()),

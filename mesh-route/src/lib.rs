@@ -44,11 +44,11 @@ mod tcp;
 mod timeout;
 mod weighted;
 
-pub use balance::{Balancer, LocalityWeights, WarmUp};
+pub use balance::{Balancer, LocalityWeights, WarmUp, ZoneAware};
 pub use builder::{BuildError, RouteBuilder, RouteTableBuilder};
 pub use cluster::{
-    BalancerKind, Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, PoolSettings, TcpKeepalive,
-    UpstreamProtocol,
+    BalancerKind, Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, Http2Keepalive, PoolSettings,
+    TcpKeepalive, UpstreamProtocol,
 };
 pub use cors::{Cors, CorsLayer, CorsPolicy, CorsPolicyBuilder, InvalidCors, UnmatchedPreflights};
 pub use direct_response::DirectResponse;

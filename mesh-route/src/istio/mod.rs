@@ -19,6 +19,7 @@ mod mesh;
 mod outbound;
 mod policy;
 mod retry;
+mod zone_aware;
 
 use mesh_core::Direction;
 use mesh_core::config::{Compile, CompileContext, Rejected, Role};

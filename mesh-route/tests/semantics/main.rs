@@ -11,6 +11,7 @@ mod destination_rule;
 mod fault;
 mod gateway;
 mod l4;
+mod load_balancing;
 mod mesh_config;
 mod outlier;
 mod ports;

@@ -11,8 +11,8 @@ use serde_json::Value;
 use super::check::{self, ExportToOf};
 use super::common::Duration;
 use super::destination_rule::{
-    ClientTlsSettings, H2UpgradePolicy, LocalityLbSetting, TcpKeepalive, TrafficPolicy,
-    validate::locality_setting,
+    ClientTlsSettings, H2UpgradePolicy, LocalityLbSetting, TcpKeepalive, TrafficPolicy, ZoneAwareLbSetting,
+    validate::{locality_setting, zone_aware_setting},
 };
 use super::sidecar::OutboundMode;
 use super::virtual_service::HttpRetry;
@@ -56,6 +56,8 @@ pub struct MeshConfig {
     pub h2_upgrade_policy: H2UpgradePolicy,
     /// Preference by locality; on by default.
     pub locality_lb_setting: Option<LocalityLbSetting>,
+    /// Preference by zone, before that by locality; off by default.
+    pub zone_aware_lb_setting: Option<ZoneAwareLbSetting>,
     /// `exportTo` of services that say none; default `*`.
     pub default_service_export_to: Vec<String>,
     /// `exportTo` of virtual services that say none; default `*`.
@@ -367,6 +369,9 @@ impl Validate for MeshConfig {
         }
         if let Some(setting) = &self.locality_lb_setting {
             out.within("localityLbSetting", |out| locality_setting(out, setting, true));
+        }
+        if let Some(setting) = &self.zone_aware_lb_setting {
+            out.within("zoneAwareLbSetting", |out| zone_aware_setting(out, setting, true));
         }
         for (field, list) in [
             ("defaultServiceExportTo", &self.default_service_export_to),

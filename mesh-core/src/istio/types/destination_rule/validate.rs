@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use super::{
     ClientTlsMode, ClientTlsSettings, ConnectionPoolSettings, ConsistentHashLb, DestinationRule,
-    H2UpgradePolicy, HttpSettings, LoadBalancerSettings, LocalityLbSetting, OutlierDetection,
-    PortTrafficPolicy, RetryBudget, SimpleLb, Subset, TcpSettings, TrafficPolicy, TunnelSettings,
-    WarmupConfiguration,
+    H2UpgradePolicy, HttpSettings, LoadBalancerSettings, LocalityFailover, LocalityLbSetting,
+    OutlierDetection, PortTrafficPolicy, RetryBudget, SimpleLb, Subset, TcpSettings, TrafficPolicy,
+    TunnelSettings, WarmupConfiguration, ZoneAwareLbSetting,
 };
 use crate::istio::findings::{Findings, Validate};
 use crate::istio::types::check::{self, ExportToOf};
@@ -132,6 +132,9 @@ fn blocks(
             balancer.validate(out);
             if let Some(locality) = &balancer.locality_lb_setting {
                 out.within("localityLbSetting", |out| locality_setting(out, locality, outlier.is_some()));
+            }
+            if let Some(zones) = &balancer.zone_aware_lb_setting {
+                out.within("zoneAwareLbSetting", |out| zone_aware_setting(out, zones, outlier.is_some()));
             }
         });
     }
@@ -428,11 +431,34 @@ pub(in crate::istio) fn locality_setting(
             }
         });
     }
-    let fails_over = !setting.failover.is_empty() || !setting.failover_priority.is_empty();
-    if fails_over && !outlier_detection {
+    failovers(out, &setting.failover, &setting.failover_priority, outlier_detection);
+}
+
+pub(in crate::istio) fn zone_aware_setting(
+    out: &mut Findings,
+    setting: &ZoneAwareLbSetting,
+    outlier_detection: bool,
+) {
+    for (index, label) in setting.failover_priority.iter().enumerate() {
+        let key = label.split('=').next().unwrap_or(label);
+        if TOPOLOGY_LABELS.contains(&key) {
+            let message = format!("the topology label {key:?} must not stand here: zones are seen to anyway");
+            out.error(&format!("failoverPriority[{index}]"), message);
+        }
+    }
+    failovers(out, &setting.failover, &setting.failover_priority, outlier_detection);
+}
+
+fn failovers(
+    out: &mut Findings,
+    failover: &[LocalityFailover],
+    failover_priority: &[String],
+    outlier_detection: bool,
+) {
+    if !(failover.is_empty() && failover_priority.is_empty()) && !outlier_detection {
         out.warning("", "failover needs outlierDetection; without it nothing ever fails over");
     }
-    for (index, failover) in setting.failover.iter().enumerate() {
+    for (index, failover) in failover.iter().enumerate() {
         out.item("failover", index, |out| {
             if failover.from == failover.to {
                 out.error("to", "must be another region than from");
