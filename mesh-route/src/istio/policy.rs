@@ -9,7 +9,7 @@ use mesh_core::istio::types::destination_rule::{self as istio, ClientTlsMode, H2
 use mesh_core::registry::{AppProtocol, ServicePort};
 
 use super::mesh::Mesh;
-use crate::cluster::{ClusterSpec, PoolSettings, TcpKeepalive, UpstreamProtocol};
+use crate::cluster::{ClusterSpec, Http2Keepalive, PoolSettings, TcpKeepalive, UpstreamProtocol};
 use crate::outlier::OutlierDetection;
 use crate::retry::RetryBudget;
 
@@ -161,6 +161,12 @@ fn pool(policy: &EffectivePolicy<'_>, mesh: &Mesh<'_>) -> PoolSettings {
             probes: Some(keepalive.probes).filter(|probes| *probes > 0),
             time: keepalive.time.map(|time| time.to_std()),
             interval: keepalive.interval.map(|interval| interval.to_std()),
+        }),
+        http2_keepalive: http.and_then(|http| http.http2_keepalive).and_then(|keepalive| {
+            Some(Http2Keepalive {
+                interval: keepalive.interval?.to_std(),
+                timeout: keepalive.timeout?.to_std(),
+            })
         }),
     }
 }
