@@ -30,11 +30,12 @@ impl<'a> Mesh<'a> {
         let config: &MeshConfig = set.mesh_config();
         let root_namespace =
             if config.root_namespace.is_empty() { &cx.root_namespace } else { &config.root_namespace };
-        let services = set.registry(&cx.cluster_domain).services();
+        let mut services = set.registry(&cx.cluster_domain).services();
         let mut by_host: HashMap<Arc<str>, Vec<usize>> = HashMap::new();
         for (at, service) in services.iter().enumerate() {
             by_host.entry(Arc::clone(&service.host)).or_default().push(at);
         }
+        follow_aliases(&mut services, &by_host);
         let rules = DestinationRules::new(
             set.destination_rules(),
             &cx.cluster_domain,
@@ -141,5 +142,30 @@ impl<'a> Mesh<'a> {
     pub(super) fn outbound_mode(&self) -> OutboundMode {
         let sidecar = self.sidecar.and_then(|sidecar| sidecar.spec.outbound_traffic_policy.as_ref());
         sidecar.map_or_else(|| self.config.outbound_mode(), |policy| policy.mode)
+    }
+}
+
+/// How many names may stand for each other in a row.
+const MAX_ALIASES: usize = 10;
+
+/// A name that stands for another service answers at the ports of that, whatever it says of its own, as in Istio.
+fn follow_aliases(services: &mut [Service], by_host: &HashMap<Arc<str>, Vec<usize>>) {
+    let target = |of: &Service| {
+        let mut alias = Arc::clone(of.alias_of.as_ref()?);
+        for _ in 0..MAX_ALIASES {
+            let service = &services[*by_host.get(&alias)?.first()?];
+            match &service.alias_of {
+                None => return Some((alias, service.ports.clone())),
+                Some(next) => alias = Arc::clone(next),
+            }
+        }
+        None
+    };
+    let targets: Vec<_> = services.iter().map(target).collect();
+    for (service, target) in services.iter_mut().zip(targets) {
+        if let Some((target, ports)) = target {
+            service.alias_of = Some(target);
+            service.ports = ports;
+        }
     }
 }

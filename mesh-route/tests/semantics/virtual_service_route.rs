@@ -140,6 +140,28 @@ fn vs_r03_destinations() {
     );
 }
 
+#[test]
+fn vs_r03_an_external_name_answers_at_the_ports_of_its_target() {
+    let alias = |name: &str, of: &str, ports: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: default}}\nspec: {{type: \
+             ExternalName, externalName: {of}{ports}}}\n"
+        )
+    };
+    let it = compile(
+        &(reviews(&[1, 2])
+            + &alias("second", "first.default.svc.cluster.local", "")
+            + &alias("first", "reviews.default.svc.cluster.local", ", ports: [{name: http, port: 9999}]")
+            + &alias("round", "about.default.svc.cluster.local", "")
+            + &alias("about", "round.default.svc.cluster.local", "")),
+    );
+    for name in ["first", "second", "second.default"] {
+        let to = it.clusters(&format!("http://{name}/"));
+        assert_eq!(to, ["outbound|80||reviews.default.svc.cluster.local"], "{name}");
+    }
+    assert_eq!(it.clusters("http://round/"), ["PassthroughCluster"], "a circle stands for nobody");
+}
+
 #[tokio::test]
 async fn vs_r04_headers_of_a_destination_come_after_those_of_the_route() {
     let (_one, _two, services) = two_versions().await;
