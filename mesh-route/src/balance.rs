@@ -65,6 +65,19 @@ pub struct Balancer {
     levels: Box<[Level]>,
 }
 
+/// A priority as a balancer picks from it now.
+#[derive(Clone, Debug)]
+pub struct Priority<'b> {
+    /// 0 is the first choice.
+    pub number: u32,
+    /// What it takes.
+    pub load: priority::Load,
+    /// All its endpoints.
+    pub endpoints: &'b EndpointSet,
+    /// Each locality with its share of the priority in percent; empty when localities do not count.
+    pub localities: Vec<(&'b str, f64)>,
+}
+
 /// What stays when availability changes.
 #[derive(Debug)]
 struct Layout {
@@ -189,10 +202,15 @@ impl Balancer {
         self.layout.kind
     }
 
-    /// Each priority with what it takes and all its endpoints.
-    pub fn priorities(&self) -> impl ExactSizeIterator<Item = (u32, priority::Load, &EndpointSet)> {
+    /// Each priority with what it takes now.
+    pub fn priorities(&self) -> impl ExactSizeIterator<Item = Priority<'_>> {
         let both = self.layout.tiers.iter().zip(&self.levels);
-        both.map(|(tier, level)| (tier.priority, level.load, &*tier.endpoints))
+        both.map(|(tier, level)| Priority {
+            number: tier.priority,
+            load: level.load,
+            endpoints: &tier.endpoints,
+            localities: level.shares(tier),
+        })
     }
 
     /// Picks an endpoint; `None` when none is available. `cursors` belong to the cluster and the caller; `now` is asked
@@ -294,8 +312,7 @@ impl Tier {
         match zone_aware {
             _ if self.localities.is_empty() => None,
             Some(zone_aware) => {
-                let counts = both()
-                    .map(|((_, all), left)| (all.at(0).map_or("", |member| &*member.locality), left.len()));
+                let counts = both().map(|((_, all), left)| (all.locality(), left.len()));
                 zone_aware.weights(&counts.collect::<Vec<_>>())
             }
             None => {
@@ -309,6 +326,18 @@ impl Tier {
 }
 
 impl Level {
+    /// The localities of its tier with their shares in percent; none when localities do not count.
+    fn shares<'t>(&self, tier: &'t Tier) -> Vec<(&'t str, f64)> {
+        if self.parts.len() != tier.localities.len() {
+            return Vec::new();
+        }
+        let total = self.parts.last().map_or(0, |last| last.upto).max(1) as f64;
+        let from = std::iter::once(0).chain(self.parts.iter().map(|part| part.upto));
+        let shares =
+            self.parts.iter().zip(from).map(|(part, from)| (part.upto - from) as f64 * 100.0 / total);
+        tier.localities.iter().map(|(_, endpoints)| endpoints.locality()).zip(shares).collect()
+    }
+
     fn part(&self, rng: &mut impl Rng) -> Option<&Part> {
         match &*self.parts {
             [only] => Some(only),

@@ -1,5 +1,7 @@
 //! The models as the admin endpoints show them.
 
+mod balancing;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -73,23 +75,8 @@ type Shown<'t> = (Option<u16>, &'t str, Vec<String>, Vec<Value>);
 
 fn cluster(cluster: &Cluster) -> Value {
     let spec = cluster.spec();
-    let endpoints: Vec<_> = cluster
-        .endpoints()
-        .members()
-        .map(|member| {
-            let endpoint = &member.endpoint;
-            json!({
-                "address": endpoint.addr().to_string(),
-                "weight": member.weight,
-                "priority": member.priority,
-                "locality": &*member.locality,
-                "in_flight": endpoint.in_flight(),
-                "connections": endpoint.connections(),
-                "requests": endpoint.requests(),
-                "ejected": endpoint.is_ejected(),
-            })
-        })
-        .collect();
+    let set = cluster.endpoints();
+    let endpoints: Vec<_> = set.members().map(|member| balancing::endpoint(cluster, member)).collect();
     let discovery = match &spec.discovery {
         Discovery::Static(_) => "static",
         Discovery::StrictDns(_) => "strict_dns",
@@ -102,6 +89,8 @@ fn cluster(cluster: &Cluster) -> Value {
         "name": spec.name.as_str(),
         "discovery": discovery,
         "balancer": format!("{:?}", spec.balancer),
+        "balancing": balancing::settings(spec),
+        "priorities": cluster.balancer().map(|balancer| balancing::priorities(&balancer)),
         "protocol": format!("{:?}", spec.protocol),
         "tls": format!("{:?}", spec.tls),
         "endpoints": endpoints,

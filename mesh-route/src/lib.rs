@@ -54,7 +54,7 @@ pub use cors::{Cors, CorsLayer, CorsPolicy, CorsPolicyBuilder, InvalidCors, Unma
 pub use direct_response::DirectResponse;
 pub use dispatch::dispatch;
 pub use endpoint::{Endpoint, EndpointSet, Member};
-pub use explain::{ChosenBy, Decision, Explanation, PassedOver, explain};
+pub use explain::{ChosenBy, Decision, EndpointKey, Explanation, PassedOver, explain};
 pub use fault::{
     Abort, AbortKind, Delay, Fault, FaultLayer, FaultScope, InjectFault, Injected, InvalidFault,
 };

@@ -147,7 +147,7 @@ impl Cause {
     }
 }
 
-/// A threshold that was crossed: the evidence of an ejection.
+/// A threshold that was crossed: the evidence of an ejection. Prints as `COUNT FIELD reached, last WHAT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evidence {
     /// Which.
@@ -156,6 +156,12 @@ pub struct Evidence {
     pub failures: u32,
     /// What the last of them was.
     pub last: Observation,
+}
+
+impl fmt::Display for Evidence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} reached, last {:?}", self.failures, self.cause.field(), self.last)
+    }
 }
 
 impl Counters {
@@ -238,6 +244,19 @@ struct Host {
     times: u32,
     until: Instant,
     ejected: bool,
+    /// Of its last ejection.
+    evidence: Evidence,
+}
+
+/// An ejection that goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ejection {
+    /// When it ends.
+    pub until: Instant,
+    /// How often in a row, this time included.
+    pub times: u32,
+    /// Why.
+    pub evidence: Evidence,
 }
 
 /// Something that the detector decided, with its evidence (DR-OD08).
@@ -282,19 +301,12 @@ pub enum EventKind {
 impl fmt::Display for EventKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ejected { evidence, duration, times } => write!(
-                f,
-                "ejected for {duration:?} (time {times} in a row): {} {} reached, last {:?}",
-                evidence.failures,
-                evidence.cause.field(),
-                evidence.last
-            ),
+            Self::Ejected { evidence, duration, times } => {
+                write!(f, "ejected for {duration:?} (time {times} in a row): {evidence}")
+            }
             Self::NotEjected { evidence, ejected, of } => write!(
                 f,
-                "not ejected, {ejected} of {of} are and maxEjectionPercent allows no more: {} {} reached, last {:?}",
-                evidence.failures,
-                evidence.cause.field(),
-                evidence.last
+                "not ejected, {ejected} of {of} are and maxEjectionPercent allows no more: {evidence}"
             ),
             Self::Returned { times } => write!(f, "returned after ejection {times} in a row"),
         }
@@ -326,7 +338,7 @@ impl Detector {
         let times = before.saturating_add(1);
         let most = config.max_ejection_time.max(config.base_ejection_time);
         let duration = config.base_ejection_time.saturating_mul(times).min(most);
-        self.hosts.insert(endpoint, Host { times, until: now + duration, ejected: true });
+        self.hosts.insert(endpoint, Host { times, until: now + duration, ejected: true, evidence });
         self.ejections += 1;
         self.note(now, endpoint, EventKind::Ejected { evidence, duration, times });
         true
@@ -369,6 +381,13 @@ impl Detector {
     #[must_use]
     pub fn ejected_until(&self, endpoint: &SocketAddr) -> Option<Instant> {
         self.hosts.get(endpoint).filter(|host| host.ejected).map(|host| host.until)
+    }
+
+    /// The ejection of an endpoint; `None` when it is not ejected.
+    #[must_use]
+    pub fn ejection(&self, endpoint: &SocketAddr) -> Option<Ejection> {
+        let host = self.hosts.get(endpoint).filter(|host| host.ejected)?;
+        Some(Ejection { until: host.until, times: host.times, evidence: host.evidence })
     }
 
     /// The last decisions, oldest first.

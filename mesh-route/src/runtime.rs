@@ -285,6 +285,10 @@ impl ClusterRuntime {
         endpoints: impl FnOnce() -> usize,
     ) {
         let Some(evidence) = endpoint.failures().observe(config, seen) else { return };
+        // What a request that was under way says of an endpoint that is gone keeps nobody else from being ejected.
+        if endpoint.is_retired() {
+            return;
+        }
         let mut detector = self.detector();
         let now = mesh_core::clock::now();
         if detector.trip(config, endpoint.addr(), evidence, endpoints(), now) {
@@ -378,9 +382,21 @@ impl ClusterRuntime {
         let listed: HashSet<u64> = set.iter().map(|endpoint| endpoint.id()).collect();
         known.retain(|_, endpoint| {
             let Some(endpoint) = endpoint.upgrade() else { return false };
-            endpoint.set_retired(!listed.contains(&endpoint.id()));
+            let is_gone = !listed.contains(&endpoint.id());
+            endpoint.set_retired(is_gone);
+            if is_gone {
+                endpoint.failures().clear();
+                endpoint.set_ejected(false);
+            }
             true
         });
+        drop(known);
+        // Who is gone is none of the ejected any more, or they would keep others from being ejected.
+        let addresses: HashSet<_> = set.iter().map(|endpoint| endpoint.addr()).collect();
+        let mut detector = self.detector();
+        detector.retain(|addr| addresses.contains(addr));
+        self.set_next_return(&detector);
+        drop(detector);
         set
     }
 

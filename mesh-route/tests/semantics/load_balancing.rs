@@ -657,3 +657,78 @@ async fn dr_lb10_peak_ewma_is_asked_for_by_annotation_and_prefers_who_answers_so
     assert!(to_slow <= 21, "{to_slow} of {asked}");
     assert!(client.oneshot(get("http://reviews/")).await.is_ok());
 }
+
+fn shown(it: &Compiled) -> serde_json::Value {
+    let all = mesh_route::dump::clusters(it.table.clusters());
+    let mut all = all["clusters"].as_array().unwrap().iter();
+    all.find(|cluster| cluster["name"] == REVIEWS).unwrap().clone()
+}
+
+#[tokio::test(start_paused = true)]
+async fn clusters_show_who_takes_what_and_why() {
+    let bad = Scripted::start("bad", |_| Reply::Status(500)).await;
+    let apps = apps(&["near", "far"]).await;
+    let all = [
+        (bad.addr.port(), "locality: us/east/1, weight: 1"),
+        (apps[0].addr.port(), "locality: us/east/1, weight: 3"),
+        (apps[1].addr.port(), "locality: eu/x/1, weight: 1"),
+    ];
+    let policy = "{loadBalancer: {warmup: {duration: 100s}}, outlierDetection: {consecutive5xxErrors: 1, maxEjectionPercent: 100, minHealthPercent: 40}}";
+    let it = compile_for(&in_us_east(), &(endpoints(&all) + &rule(policy)));
+    let client = it.client();
+    tokio::time::advance(Duration::from_secs(50)).await;
+    let before = shown(&it);
+    assert_eq!(before["balancer"], "LeastRequest");
+    assert_eq!(before["balancing"]["panic_threshold_percent"], 40);
+    assert_eq!(before["priorities"][0]["percent"], 100);
+    assert_eq!(before["endpoints"][1]["warm_up_percent"], 50.0);
+    while send(&client, get("http://reviews/")).await.status != 500 {}
+    let after = shown(&it);
+    let takes = |at: usize| {
+        let one = &after["priorities"][at];
+        [&one["priority"], &one["percent"], &one["available"], &one["endpoints"]].map(|n| n.as_u64().unwrap())
+    };
+    // Half of the first, times 1.4, are 70 %.
+    assert_eq!((takes(0), takes(1)), ([0, 70, 1, 2], [1, 30, 1, 1]));
+    let ejected = &after["endpoints"][0];
+    assert_eq!((&ejected["ejected"], &ejected["weight"]), (&true.into(), &1.into()));
+    let why = ejected["ejection"]["why"].as_str().unwrap();
+    assert_eq!(why, "1 consecutive5xxErrors reached, last Status(500)");
+    assert_eq!(ejected["ejection"]["seconds_left"], 30.0);
+    assert!(after["endpoints"][1]["ejection"].is_null());
+
+    let panicking = endpoints(&all[..1]) + &rule(&policy.replace("40", "100"));
+    let it = compile(&panicking);
+    send(&it.client(), get("http://reviews/")).await;
+    assert_eq!(shown(&it)["priorities"][0]["panic"], true);
+
+    let distribute =
+        "{loadBalancer: {localityLbSetting: {distribute: [{from: us/*, to: {us/*: 75, eu/*: 25}}]}}}";
+    let it = compile_for(&in_us_east(), &(endpoints(&all) + &rule(distribute)));
+    it.client();
+    let localities = &shown(&it)["priorities"][0]["localities"];
+    assert_eq!(localities[0], serde_json::json!({"locality": "eu/x/1", "percent": 25.0}));
+    assert_eq!(localities[1], serde_json::json!({"locality": "us/east/1", "percent": 75.0}));
+}
+
+#[tokio::test]
+async fn explain_says_the_key_and_the_endpoint_that_it_picks() {
+    let apps = apps(&["a", "b", "c"]).await;
+    let it = compile(&(plain(&apps) + &hashing("{httpHeaderName: x-user}")));
+    let client = it.client();
+    for user in 0..10 {
+        let request = || Request::get("http://reviews/").header("x-user", user).body(Body::empty()).unwrap();
+        let explained = it.explain(&request());
+        let by = send(&client, request()).await.by();
+        let app = apps.iter().zip(["a", "b", "c"]).find(|(_, name)| *name == by).unwrap().0;
+        assert_eq!(explained.endpoint_key.as_ref().unwrap().endpoint, Some(app.addr));
+        let json = explained.to_json();
+        let key = &json["decision"]["endpoint_key"];
+        assert_eq!((&key["key"], &key["present"]), (&"header:x-user".into(), &true.into()));
+        assert_eq!(key["endpoint"], app.addr.to_string());
+        assert!(explained.to_string().contains(&format!("at {} by its key header:x-user", app.addr)));
+    }
+    let without = it.ask("http://reviews/");
+    assert_eq!(without.to_json()["decision"]["endpoint_key"]["present"], false);
+    assert!(without.to_string().contains("by chance, for want of the key"), "{without}");
+}

@@ -279,3 +279,29 @@ async fn dr_od08_every_ejection_has_its_evidence() {
     let what = event["what"].as_str().unwrap();
     assert!(what.contains("2 consecutive5xxErrors") && what.contains("30s"), "{what}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn bug_who_was_gone_still_counted_among_the_ejected() {
+    let gone = Scripted::start("gone", |_| Reply::Status(500)).await;
+    let bad = Scripted::start("bad", |_| Reply::Status(500)).await;
+    let good = Scripted::start("good", |_| Reply::Status(200)).await;
+    let policy = "{outlierDetection: {consecutive5xxErrors: 1, maxEjectionPercent: 50}}";
+    let process = mesh_route::Clusters::new();
+    let before = compile(&yaml(&[gone.addr.port(), good.addr.port()], policy));
+    let client = before.client_on(&process);
+    while !before.is_ejected(gone.addr.port()) {
+        status(&client).await;
+    }
+    let after = compile(&yaml(&[bad.addr.port(), good.addr.port()], policy));
+    let client = after.client_on(&process);
+    while bad.requests() == 0 {
+        status(&client).await;
+    }
+    assert!(after.is_ejected(bad.addr.port()), "{:?}", after.events());
+    // Who comes back comes as a new one.
+    let again = compile(&yaml(&[gone.addr.port()], policy));
+    let client = again.client_on(&process);
+    assert!(!again.is_ejected(gone.addr.port()));
+    assert_eq!(status(&client).await, 500);
+    drop(before);
+}
