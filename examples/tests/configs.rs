@@ -30,6 +30,10 @@ struct Example {
 
 impl Example {
     fn start(name: &str, ports: &[(u16, SocketAddr)]) -> Self {
+        Self::start_as(name, ports, &[])
+    }
+
+    fn start_as(name: &str, ports: &[(u16, SocketAddr)], more: &[&str]) -> Self {
         let file = format!("{}/config/{name}", env!("CARGO_MANIFEST_DIR"));
         let mut yaml = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file}: {error}"));
         for (port, addr) in ports {
@@ -41,7 +45,7 @@ impl Example {
         dir.write(name, &yaml);
         let (config, log) = (dir.file(name), dir.file("access.log"));
         let args = ["--config", &config, "--outbound", ANY, "--admin", ANY, "--access-log", &log];
-        let sidecar = Process::start(SIDECAR, &args);
+        let sidecar = Process::start(SIDECAR, &[&args, more].concat());
         Self { dir, sidecar }
     }
 
@@ -61,6 +65,29 @@ impl Example {
             })
             .collect();
         Answer { status: status[9..12].parse().unwrap(), headers, body: body.to_owned() }
+    }
+
+    /// The name of the application that answers.
+    async fn by(&self, host: &str, headers: &str) -> String {
+        let body = self.send("GET", host, "/", headers).await.body;
+        let name = body.split("\"name\":\"").nth(1).and_then(|rest| rest.split('"').next());
+        name.unwrap_or(&body).to_owned()
+    }
+
+    /// How many of so many requests each application answers.
+    async fn shares(&self, host: &str, count: usize) -> BTreeMap<String, usize> {
+        let mut shares = BTreeMap::new();
+        for _ in 0..count {
+            *shares.entry(self.by(host, "").await).or_default() += 1;
+        }
+        shares
+    }
+
+    /// A cluster as `/clusters` shows it.
+    async fn cluster(&self, host: &str) -> serde_json::Value {
+        let all = get_json(self.sidecar.address("admin"), "/clusters").await;
+        let mut all = all["clusters"].as_array().unwrap().iter();
+        all.find(|one| one["name"].as_str().unwrap().contains(&format!("||{host}."))).unwrap().clone()
     }
 
     /// The lines of the access log, once it has ended.
@@ -309,4 +336,185 @@ async fn tcp_routing() {
     let (said, _) = site.exchange(peer, "www.example.com", None, b"").await.unwrap();
     assert_eq!(said, "www.example.com");
     assert!(site.exchange(peer, "www.example.org", None, b"").await.is_err());
+}
+
+#[test]
+fn every_configuration_is_checked_without_a_word() {
+    let folder = format!("{}/config", env!("CARGO_MANIFEST_DIR"));
+    let mut checked = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        // That of the demo has the ports of its applications filled in when it runs.
+        if path.ends_with("demo.yaml") {
+            continue;
+        }
+        let said = Command::new(SIDECAR).arg("--check").arg("--config").arg(&path).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&said.stdout), "0 errors, 0 warnings\n", "{}", path.display());
+        checked += 1;
+    }
+    assert!(checked > 10);
+}
+
+#[tokio::test]
+async fn timeouts() {
+    let app = Scripted::start("app", |seen| match seen.path.as_str() {
+        "/reports/slow" => Reply::After(Duration::from_millis(700), 200),
+        "/reports/stalled" => Reply::Stall,
+        "/hangs" => Reply::Hang,
+        _ => Reply::Status(200),
+    })
+    .await;
+    let example = Example::start("timeouts.yaml", &[(9080, app.addr)]);
+    assert_eq!(example.send("GET", "reviews", "/", "").await.status, 200);
+    assert_eq!(app.seen()[0].header("x-envoy-expected-rq-timeout-ms"), Some("200"), "that of the try");
+
+    let before = mesh_core::clock::now();
+    let late = example.send("GET", "reviews", "/hangs", "").await;
+    assert_eq!(late.status, 504);
+    assert!(
+        before.elapsed() >= Duration::from_millis(500),
+        "two tries of 200 ms, and what is left for a third"
+    );
+    let grpc = "content-type: application/grpc\r\ncontent-length: 0\r\n";
+    let late = example.send("POST", "reviews", "/hangs", grpc).await;
+    assert_eq!((late.status, late.header("grpc-status")), (200, Some("14")));
+    let shorter = "x-envoy-upstream-rq-timeout-ms: 50\r\n";
+    let late = example.send("GET", "reviews", "/reports/slow", shorter).await;
+    assert_eq!(late.status, 504, "the client is asked for less patience");
+    assert_eq!(example.send("GET", "reviews", "/reports/slow", "").await.status, 200);
+    let stalled = example.send("GET", "reviews", "/reports/stalled", "").await;
+    assert_eq!(stalled.status, 200, "its head had come");
+    let log = example.log().await;
+    assert_eq!(log.matches("\" 504 UT ").count(), 2, "{log}");
+    assert_eq!(log.matches("\" 200 SI ").count(), 1, "{log}");
+}
+
+#[tokio::test]
+async fn outlier_detection() {
+    let gateway = Scripted::start("gateway", |_| Reply::Status(503)).await;
+    let broken = Scripted::start("broken", |_| Reply::Reset).await;
+    let sound = Scripted::start("sound", |_| Reply::Status(200)).await;
+    let example = Example::start(
+        "outlier-detection.yaml",
+        &[(9080, gateway.addr), (9081, broken.addr), (9082, sound.addr)],
+    );
+    let mut asked = 0;
+    while gateway.requests() < 3 || broken.requests() < 2 {
+        example.send("GET", "reviews", "/", "").await;
+        asked += 1;
+        assert!(asked < 200);
+    }
+    // Now one of three is in, which is less than the share below which all are used again.
+    let cluster = example.cluster("reviews").await;
+    assert_eq!(cluster["priorities"][0]["available"], 1, "{cluster}");
+    assert_eq!(cluster["priorities"][0]["panic"], true, "{cluster}");
+    let why = |at: usize| cluster["endpoints"][at]["ejection"]["why"].as_str().unwrap().to_owned();
+    assert!(why(0).starts_with("3 consecutiveGatewayErrors"), "{}", why(0));
+    assert!(why(1).starts_with("2 consecutiveLocalOriginFailures"), "{}", why(1));
+    assert!(cluster["endpoints"][2]["ejection"].is_null());
+    while gateway.requests() == 3 {
+        example.send("GET", "reviews", "/", "").await;
+        asked += 1;
+        assert!(asked < 400, "in panic everybody is asked again");
+    }
+}
+
+#[tokio::test]
+async fn load_balancing() {
+    let (one, two) = (Echo::start("one").await, Echo::start("two").await);
+    let example =
+        Example::start_as("load-balancing.yaml", &[(9080, one.addr), (9081, two.addr)], &["--workers", "1"]);
+    let turns = example.shares("turns", 40).await;
+    assert_eq!((turns["one"], turns["two"]), (30, 10));
+    let new = example.shares("new", 40).await;
+    assert_eq!((new["one"], new["two"]), (20, 20), "those that appeared together share at once");
+
+    let outbound = example.sidecar.address("outbound");
+    let mut held = TcpStream::connect(outbound).await.unwrap();
+    held.write_all(b"GET /gate HTTP/1.1\r\nhost: least\r\n\r\n").await.unwrap();
+    mesh_testkit::until("a request that lasts", async || one.held() + two.held() == 1).await;
+    let busy = if one.held() == 1 { "one" } else { "two" };
+    let cluster = example.cluster("least").await;
+    let in_flight = |at: usize| cluster["endpoints"][at]["in_flight"].as_u64().unwrap();
+    assert_eq!((cluster["balancer"].as_str(), in_flight(0) + in_flight(1)), (Some("LeastRequest"), 1));
+    let least = example.shares("least", 60).await;
+    // Both draws fall on the busy one in a quarter of the cases: 15, and four standard deviations are 13.
+    assert!(least.get(busy).is_none_or(|count| *count <= 28), "{least:?}");
+
+    assert_eq!(example.cluster("fast").await["balancer"], "PeakEwma");
+    assert_eq!(example.shares("fast", 10).await.values().sum::<usize>(), 10);
+    assert_eq!(example.cluster("new").await["balancing"]["warm_up"]["duration_ms"], 60_000);
+    one.gate.add_permits(1);
+    two.gate.add_permits(1);
+}
+
+#[tokio::test]
+async fn consistent_hash() {
+    let apps = [Echo::start("a").await, Echo::start("b").await, Echo::start("c").await];
+    let ports = [(9080, apps[0].addr), (9081, apps[1].addr), (9082, apps[2].addr)];
+    let example = Example::start_as("consistent-hash.yaml", &ports, &["--workers", "2"]);
+    let mut seen = std::collections::BTreeSet::new();
+    for user in 0..20 {
+        let headers = format!("x-user: user-{user}\r\n");
+        let first = example.by("carts", &headers).await;
+        for _ in 0..3 {
+            assert_eq!(example.by("carts", &headers).await, first, "each on a connection of its own");
+        }
+        seen.insert(first);
+    }
+    assert_eq!(seen.len(), 3);
+    let admin = example.sidecar.address("admin");
+    let explained = get_json(admin, "/explain?url=http://carts/&header=x-user:user-7").await;
+    let key = &explained["decision"]["endpoint_key"];
+    let by = example.by("carts", "x-user: user-7\r\n").await;
+    let picked = ports.iter().zip(["a", "b", "c"]).find(|(_, name)| *name == by).unwrap().0.1;
+    assert_eq!((&key["key"], &key["endpoint"]), (&"header:x-user".into(), &picked.to_string().into()));
+
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..12 {
+        let answer = example.send("GET", "sessions", "/", "").await;
+        let cookie = answer.header("set-cookie").unwrap();
+        let (pair, attributes) = cookie.split_at(cookie.find(';').unwrap());
+        assert_eq!(attributes, "; Max-Age=3600; Path=/; SameSite=Lax; Secure; HttpOnly");
+        let name = |body: &str| body.split("\"name\":\"").nth(1).unwrap()[..1].to_owned();
+        let again = example.send("GET", "sessions", "/", &format!("cookie: {pair}\r\n")).await;
+        assert_eq!((name(&again.body), again.header("set-cookie")), (name(&answer.body), None));
+        seen.insert(name(&answer.body));
+    }
+    assert!(seen.len() > 1, "{seen:?}");
+    assert!(example.by("sessions", "cookie: session=mine\r\n").await.len() == 1, "any value is a key");
+}
+
+#[tokio::test]
+async fn locality() {
+    let near = Scripted::start("near", |seen| {
+        Reply::Status(if seen.header("x-fail").is_some() { 500 } else { 200 })
+    })
+    .await;
+    let (west, eu) = (Echo::start("west").await, Echo::start("eu").await);
+    let here = ["--labels", "app=web,topology.kubernetes.io/region=us,topology.kubernetes.io/zone=east"];
+    let ports = [(9080, near.addr), (9081, west.addr), (9082, eu.addr)];
+    let example = Example::start_as("locality.yaml", &ports, &here);
+    let all = |name: &str, count: usize| BTreeMap::from([(name.to_owned(), count)]);
+
+    assert_eq!(example.shares("details", 20).await, all("near", 20), "each zone has room for its own");
+    let ratings = example.shares("ratings", 200).await;
+    // Four standard deviations of 200 draws with a fifth are 23.
+    assert!(ratings.len() == 2 && ratings["west"].abs_diff(40) < 23, "{ratings:?}");
+    let priorities = example.cluster("ratings").await["priorities"].clone();
+    assert_eq!(priorities[0]["localities"][1], serde_json::json!({"locality": "us/west", "percent": 20.0}));
+
+    assert_eq!(example.shares("reviews", 10).await, all("near", 10));
+    for _ in 0..2 {
+        assert_eq!(example.send("GET", "reviews", "/", "x-fail: 1\r\n").await.status, 500);
+    }
+    assert_eq!(example.shares("reviews", 10).await, all("west", 10), "the region before others");
+    let reviews = example.cluster("reviews").await;
+    let percent = |at: usize| reviews["priorities"][at]["percent"].as_u64().unwrap();
+    assert_eq!([0, 1, 2].map(percent), [0, 100, 0]);
+    assert_eq!(reviews["endpoints"][2]["priority"], 2);
+
+    let elsewhere = ["--labels", "istio-locality=eu.central"];
+    let example = Example::start_as("locality.yaml", &ports, &elsewhere);
+    assert_eq!(example.shares("reviews", 10).await, all("eu", 10));
 }
