@@ -247,7 +247,7 @@ pub(super) fn by_labels<'l>(label: impl Fn(&str) -> Option<&'l str>) -> Option<S
     Some(locality.trim_end_matches('/').to_owned()).filter(|locality| !locality.is_empty())
 }
 
-/// Where endpoints are that do not say it themselves: by their labels; and the region of a zone that is the client's,
+/// Where endpoints are that do not say it themselves: by their labels; and the region of a zone without one,
 /// because Kubernetes' endpoints know only their zone.
 fn locate(client: &ClientLocality, spec: &mut ClusterSpec) {
     let place = |locality: &mut Arc<str>, labels: &[(String, String)]| {
@@ -275,10 +275,10 @@ fn locate(client: &ClientLocality, spec: &mut ClusterSpec) {
     }
 }
 
-/// The locality of which only the zone is known, if that is the client's.
+/// The locality of which only the zone is known: in the client's region, because Kubernetes says zones of its own nodes,
+/// and one cluster is hardly ever in two regions. `None` when the region is known, or the client's is not.
 pub(super) fn home(client: &ClientLocality, locality: &str) -> Option<String> {
     let zone = locality.strip_prefix('/')?;
-    let mut own = client.locality.splitn(3, '/');
-    let region = own.next()?;
-    (own.next() == Some(zone)).then(|| format!("{region}/{zone}"))
+    let region = client.locality.split('/').next().filter(|region| !region.is_empty())?;
+    Some(format!("{region}/{zone}"))
 }

@@ -398,6 +398,33 @@ async fn dr_lb06_where_a_workload_is_its_labels_say() {
     }
 }
 
+#[test]
+fn dr_lb06_a_zone_of_kubernetes_is_in_the_region_of_the_client() {
+    let slice = |name: &str, zone: &str| {
+        format!(
+            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: reviews-{name}, namespace: \
+             default, labels: {{kubernetes.io/service-name: reviews}}}}\naddressType: IPv4\nendpoints: [{{addresses: \
+             [10.0.0.{name}], zone: {zone}}}]\nports: [{{name: http, port: 80}}]\n"
+        )
+    };
+    let yaml =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: reviews, namespace: default}\nspec: {ports: [{name: \
+                http, port: 80}]}\n"
+            .to_owned()
+            + &slice("1", "east")
+            + &slice("2", "west") + &rule(&format!("{{{OUTLIERS}}}"));
+    let of = |cx: &CompileContext| match compile_for(cx, &yaml).spec(REVIEWS).discovery {
+        mesh_route::Discovery::Static(all) => {
+            all.iter().map(|one| (one.locality.to_string(), one.priority)).collect::<Vec<_>>()
+        }
+        other => panic!("{other:?}"),
+    };
+    let named =
+        |all: &[(&str, u32)]| all.iter().map(|(name, at)| ((*name).to_owned(), *at)).collect::<Vec<_>>();
+    assert_eq!(of(&web()), named(&[("us/east", 0), ("us/west", 1)]));
+    assert_eq!(of(&sidecar("default", &[])), named(&[("/east", 0), ("/west", 0)]));
+}
+
 #[tokio::test(start_paused = true)]
 async fn dr_lb06_failover_goes_to_the_next_locality_when_the_nearest_fails() {
     let failing = Scripted::start("failing", |seen| {
