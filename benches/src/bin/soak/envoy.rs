@@ -390,8 +390,7 @@ const CASES: &[Case] = &[
             json!({
                 "lb_policy": "RANDOM",
                 "common_lb_config": {"locality_weighted_lb_config": {}},
-                // As istiod makes it, which divides the share of what a pattern covers by the weights of its endpoints.
-                "load_assignment": {"endpoints": [{"load_balancing_weight": 80}, {"load_balancing_weight": 10}, {"load_balancing_weight": 10}]},
+                "load_assignment": {"endpoints": [{"load_balancing_weight": 80}, {"load_balancing_weight": 20}]},
             })
         },
         traffic: Traffic::Shares(20_000),
@@ -850,18 +849,24 @@ async fn by_envoy(case: &Case, envoy: &Path, upstreams: &mut Upstreams) -> Obser
 
 fn configuration(case: &Case, addresses: &[SocketAddr]) -> Value {
     let address = |port: u16| json!({"socket_address": {"address": "127.0.0.1", "port_value": port}});
-    let endpoints: Vec<_> = addresses
-        .iter()
-        .enumerate()
-        .map(|(at, addr)| {
-            json!({
-                "locality": locality(case.localities.get(at).copied().unwrap_or("")),
-                "priority": case.priorities.get(at).copied().unwrap_or(0),
-                "lb_endpoints": [{
-                    "endpoint": {"address": address(addr.port())},
-                    "load_balancing_weight": case.weights.get(at).copied().unwrap_or(1),
-                }],
-            })
+    // One group for each locality and priority, in order of their first endpoints.
+    let mut groups: Vec<(&str, u32, Vec<Value>)> = Vec::new();
+    for (at, addr) in addresses.iter().enumerate() {
+        let endpoint = json!({
+            "endpoint": {"address": address(addr.port())},
+            "load_balancing_weight": case.weights.get(at).copied().unwrap_or(1),
+        });
+        let place = case.localities.get(at).copied().unwrap_or("");
+        let priority = case.priorities.get(at).copied().unwrap_or(0);
+        match groups.iter_mut().find(|(known, level, _)| *known == place && *level == priority) {
+            Some((.., endpoints)) => endpoints.push(endpoint),
+            None => groups.push((place, priority, vec![endpoint])),
+        }
+    }
+    let endpoints: Vec<_> = groups
+        .into_iter()
+        .map(|(place, priority, endpoints)| {
+            json!({"locality": locality(place), "priority": priority, "lb_endpoints": endpoints})
         })
         .collect();
     // As istiod does: limits that nobody set are none.
