@@ -352,6 +352,31 @@ async fn vs_r05_requests_go_where_explain_says() {
     assert!((60..120).contains(&canary), "{canary}");
 }
 
+#[tokio::test]
+async fn vs_r05_only_those_who_must_move_do_when_the_weights_of_a_process_change() {
+    let (_one, _two, services) = two_versions().await;
+    let process = mesh_route::Clusters::new();
+    let mut before: Option<(u32, Vec<String>)> = None;
+    for canary in [10, 30, 25] {
+        let client = sticky("header:x-user", &services, canary).client_on(&process);
+        let mut now = Vec::new();
+        for user in 0..400 {
+            now.push(send(&client, ask_as(&format!("user-{user}"))).await.by());
+        }
+        if let Some((then, before)) = before {
+            let moved: Vec<_> = before.iter().zip(&now).filter(|(before, now)| before != now).collect();
+            let must = canary.abs_diff(then) as usize * 4;
+            // Of 400 keys the share that moves deviates by sqrt(400 p (1 - p)); four of these are allowed.
+            let share = must as f64 / 400.0;
+            let most = must as f64 + 4.0 * (400.0 * share * (1.0 - share)).sqrt();
+            assert!(moved.len() as f64 <= most && !moved.is_empty(), "{then} to {canary}: {}", moved.len());
+            let to = if canary > then { "v2" } else { "v1" };
+            assert!(moved.iter().all(|(_, now)| *now == to), "{then} to {canary}");
+        }
+        before = Some((canary, now));
+    }
+}
+
 #[test]
 fn vs_r06_a_million_draws_are_within_a_quarter_of_a_point() {
     for seed in [1, 42, 2026] {
