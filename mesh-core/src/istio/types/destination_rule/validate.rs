@@ -455,7 +455,8 @@ fn failovers(
     failover_priority: &[String],
     outlier_detection: bool,
 ) {
-    if !(failover.is_empty() && failover_priority.is_empty()) && !outlier_detection {
+    let fails_over = !failover.is_empty() || !failover_priority.is_empty();
+    if fails_over && !outlier_detection {
         out.warning("", "failover needs outlierDetection; without it nothing ever fails over");
     }
     for (index, failover) in failover.iter().enumerate() {
