@@ -65,19 +65,6 @@ pub struct Balancer {
     levels: Box<[Level]>,
 }
 
-/// A priority as a balancer picks from it now.
-#[derive(Clone, Debug)]
-pub struct Priority<'b> {
-    /// 0 is the first choice.
-    pub number: u32,
-    /// What it takes.
-    pub load: priority::Load,
-    /// All its endpoints.
-    pub endpoints: &'b EndpointSet,
-    /// Each locality with its share of the priority in percent; empty when localities do not count.
-    pub localities: Vec<(&'b str, f64)>,
-}
-
 /// What stays when availability changes.
 #[derive(Debug)]
 struct Layout {
@@ -202,15 +189,17 @@ impl Balancer {
         self.layout.kind
     }
 
-    /// Each priority with what it takes now.
-    pub fn priorities(&self) -> impl ExactSizeIterator<Item = Priority<'_>> {
+    /// Each priority with what it takes and all its endpoints.
+    pub fn priorities(&self) -> impl ExactSizeIterator<Item = (u32, priority::Load, &EndpointSet)> {
         let both = self.layout.tiers.iter().zip(&self.levels);
-        both.map(|(tier, level)| Priority {
-            number: tier.priority,
-            load: level.load,
-            endpoints: &tier.endpoints,
-            localities: level.shares(tier),
-        })
+        both.map(|(tier, level)| (tier.priority, level.load, &*tier.endpoints))
+    }
+
+    /// Of each priority, in the same order, its localities with their shares of it in percent; none where localities do
+    /// not count.
+    pub fn localities(&self) -> impl ExactSizeIterator<Item = Vec<(&str, f64)>> {
+        let both = self.layout.tiers.iter().zip(&self.levels);
+        both.map(|(tier, level)| level.shares(tier))
     }
 
     /// Picks an endpoint; `None` when none is available. `cursors` belong to the cluster and the caller; `now` is asked

@@ -31,18 +31,18 @@ pub(super) fn settings(spec: &ClusterSpec) -> Value {
 
 /// What each priority takes now, and within it each locality, where localities count.
 pub(super) fn priorities(balancer: &Balancer) -> Value {
-    let shown = balancer.priorities().map(|priority| {
-        let localities: Vec<_> = priority
-            .localities
-            .iter()
+    let both = balancer.priorities().zip(balancer.localities());
+    let shown = both.map(|((number, load, endpoints), localities)| {
+        let localities: Vec<_> = localities
+            .into_iter()
             .map(|(locality, percent)| json!({"locality": locality, "percent": percent}))
             .collect();
         json!({
-            "priority": priority.number,
-            "percent": priority.load.percent,
-            "panic": priority.load.panic,
-            "endpoints": priority.endpoints.len(),
-            "available": priority.endpoints.iter().filter(|endpoint| !endpoint.is_ejected()).count(),
+            "priority": number,
+            "percent": load.percent,
+            "panic": load.panic,
+            "endpoints": endpoints.len(),
+            "available": endpoints.iter().filter(|endpoint| !endpoint.is_ejected()).count(),
             "localities": localities,
         })
     });
