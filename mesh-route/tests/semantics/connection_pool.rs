@@ -4,9 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::Version;
-use mesh_route::{PoolSettings, TcpKeepalive};
+use mesh_core::{Connect, ConnectTarget, Connecting, Slot};
+use mesh_route::{PoolSettings, SelectRouteLayer, Shard, TcpKeepalive, dispatch};
 use mesh_testkit::scripted::{Reply, Scripted};
 use tokio::io::AsyncWriteExt as _;
+use tower::ServiceBuilder;
+use tower::util::BoxCloneSyncService;
 
 use crate::support::*;
 
@@ -269,4 +272,70 @@ async fn dr_cp06_the_policy_of_the_mesh_lies_below_block_by_block() {
         compile(&(service_in("default", "reviews", &[1]) + &resource("DestinationRule", "p", port) + &below));
     let of_port = it.spec(REVIEWS);
     assert_eq!((of_port.pool.max_connections, of_port.outlier_detection), (u32::MAX, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn dr_cp01_connections_end_by_idleness_and_by_age() {
+    for protocol in ["DO_NOT_UPGRADE", "UPGRADE"] {
+        for (pool, pauses, connections) in [
+            // How long each request is after the one before, and how many connections there have been by then.
+            (
+                format!("{{http: {{idleTimeout: 5s, h2UpgradePolicy: {protocol}}}}}"),
+                [0, 4, 4, 7],
+                [1, 1, 1, 2],
+            ),
+            (
+                format!("{{tcp: {{maxConnectionDuration: 10s}}, http: {{h2UpgradePolicy: {protocol}}}}}"),
+                [0, 4, 4, 4],
+                [1, 1, 1, 2],
+            ),
+            (
+                format!("{{http: {{maxRequestsPerConnection: 2, h2UpgradePolicy: {protocol}}}}}"),
+                [0, 0, 0, 0],
+                [1, 1, 2, 2],
+            ),
+            (
+                format!("{{http: {{maxRequestsPerConnection: 1, h2UpgradePolicy: {protocol}}}}}"),
+                [0, 0, 0, 0],
+                [1, 2, 3, 4],
+            ),
+        ] {
+            let up = Scripted::start("up", |_| Reply::Status(200)).await;
+            let services = service_in("default", "reviews", &[up.addr.port()]);
+            let client = compile(&with_pool(&services, &pool)).client();
+            for (pause, connections) in pauses.into_iter().zip(connections) {
+                tokio::time::sleep(Duration::from_secs(pause)).await;
+                assert_eq!(send(&client, get("http://reviews/")).await.status, 200);
+                assert_eq!(up.connections(), connections, "{pool} after {pause} s");
+            }
+        }
+    }
+}
+
+/// Connections that are never made.
+#[derive(Debug)]
+struct Never;
+
+impl Connect for Never {
+    fn connect(&self, _: &ConnectTarget) -> Connecting {
+        Box::pin(std::future::pending())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn dr_cp01_connecting_takes_no_longer_than_it_may() {
+    let once = rules("  - {route: [{destination: {host: reviews}}], retries: {attempts: 0}}");
+    for (pool, millis) in
+        [("{tcp: {connectTimeout: 250ms}}", 250), ("{http: {h2UpgradePolicy: UPGRADE}}", 10_000)]
+    {
+        let it = compile(&with_pool(&(service_in("default", "reviews", &[1]) + &once), pool));
+        mesh_route::Clusters::new().reconcile(it.table.clusters());
+        let stack = ServiceBuilder::new()
+            .layer(SelectRouteLayer::new(Slot::fixed_shared(Arc::clone(&it.table))))
+            .service(dispatch(Shard::connecting_by(1, Arc::new(Never))));
+        let started = tokio::time::Instant::now();
+        let failed = fail(&BoxCloneSyncService::new(stack), get("http://reviews/")).await;
+        assert!(failed.starts_with("503 UF "), "{failed}");
+        assert_eq!(started.elapsed().as_millis(), millis, "{pool}");
+    }
 }
