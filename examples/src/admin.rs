@@ -13,7 +13,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 use mesh_core::diagnostics::{Diagnostic, Severity};
 use mesh_core::server::{HttpStack, Phase, Server};
 use mesh_core::{Body, Direction, EdgeSettings, Slot, Snapshots};
-use mesh_route::{RouteTable, TcpRouteTable, dump};
+use mesh_route::{Clusters, MirrorOutcome, RouteTable, TcpRouteTable, dump};
 use mesh_telemetry::access_log::AccessLogSink;
 use serde_json::{Value, json};
 
@@ -33,6 +33,8 @@ pub struct Admin {
     pub routes: Slot<RouteTable>,
     /// The routes of what is not HTTP.
     pub tcp_routes: Slot<TcpRouteTable>,
+    /// The run-time state of the clusters.
+    pub clusters: Clusters,
     /// The routes to the applications, by inbound listener.
     pub inbound: Vec<Slot<RouteTable>>,
     /// How requests are normalised.
@@ -263,7 +265,26 @@ impl Admin {
                 listener.name, listener.open
             );
         }
+        self.mirrored(&mut out);
         out
+    }
+
+    fn mirrored(&self, out: &mut String) {
+        let name = "mesh_mirrored_requests_total";
+        // Writing to a String cannot fail.
+        let _ =
+            writeln!(out, "# HELP {name} Copies for mirrors, by what became of them.\n# TYPE {name} counter");
+        let runtimes = self.clusters.runtimes();
+        for runtime in runtimes.iter().filter(|runtime| !runtime.mirrors().is_empty()) {
+            for outcome in MirrorOutcome::ALL {
+                let (cluster, count) = (runtime.name(), runtime.mirrors().get(outcome));
+                let _ =
+                    writeln!(out, "{name}{{cluster=\"{cluster}\",outcome=\"{}\"}} {count}", outcome.as_str());
+            }
+        }
+        let name = "mesh_mirrored_requests_in_flight";
+        let in_flight = self.clusters.mirroring().in_flight();
+        let _ = writeln!(out, "# HELP {name} Copies in flight.\n# TYPE {name} gauge\n{name} {in_flight}");
     }
 }
 

@@ -363,6 +363,7 @@ impl Proxy {
             snapshots: self.control.snapshots().clone(),
             routes: self.control.routes.clone(),
             tcp_routes: self.control.tcp_routes.clone(),
+            clusters: self.control.clusters().clone(),
             inbound: self.inbound.clone(),
             edge: self.control.edge.clone(),
             server: Arc::clone(self.server()?),

@@ -251,6 +251,65 @@ async fn sticky_canary() {
 }
 
 #[tokio::test]
+async fn mirroring() {
+    let v1 = Echo::start("v1").await;
+    let v2 = Scripted::start("v2", |_| Reply::Status(500)).await;
+    let audit = Scripted::start("audit", |_| Reply::Reset).await;
+    let ports = [(9081, v1.addr), (9082, v2.addr), (9083, audit.addr)];
+    let example = Example::start("mirroring.yaml", &ports);
+    let users = 60;
+    for _ in 0..2 {
+        for user in 0..users {
+            let headers = format!("x-user: user-{user}\r\ncookie: secret=1\r\n");
+            let answer = example.send("GET", "reviews", "/items?q=1", &headers).await;
+            assert_eq!(answer.status, 200);
+            assert!(
+                answer.body.contains("\"name\":\"v1\"") && answer.body.contains("secret=1"),
+                "{}",
+                answer.body
+            );
+        }
+    }
+    let admin = example.sidecar.address("admin");
+    let over = async || {
+        let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
+        stats.contains("mesh_mirrored_requests_in_flight 0\n")
+    };
+    mesh_testkit::until("every copy has come to its end", over).await;
+    let copies = v2.seen();
+    assert_eq!((copies.len(), v1.requests()), (120, 120), "no retries, no copies of copies");
+    for copy in &copies {
+        assert_eq!((copy.path.as_str(), copy.header("host")), ("/items?q=1", Some("reviews")));
+        assert_eq!((copy.header("x-mirrored-from"), copy.header("cookie")), (Some("reviews v1"), None));
+    }
+    let mut audited: BTreeMap<String, u32> = BTreeMap::new();
+    for copy in audit.seen() {
+        assert_eq!((copy.header("host"), copy.header("cookie")), (Some("audit.example"), Some("secret=1")));
+        *audited.entry(copy.header("x-user").unwrap().to_owned()).or_default() += 1;
+    }
+    assert!((5..28).contains(&audited.len()), "about a quarter of {users}: {audited:?}");
+    assert!(audited.values().all(|times| *times == 2), "a user is copied always or never: {audited:?}");
+
+    let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
+    let counted = |cluster: &str, outcome: &str| {
+        let name = format!("mesh_mirrored_requests_total{{cluster=\"{cluster}\",outcome=\"{outcome}\"}} ");
+        let line = stats.lines().find_map(|line| line.strip_prefix(name.as_str()));
+        line.unwrap_or_else(|| panic!("no {name} in {stats}")).parse::<usize>().unwrap()
+    };
+    assert_eq!(counted("outbound|80|v2|reviews.default.svc.cluster.local", "answered"), 120);
+    assert_eq!(counted("outbound|80||audit.default.svc.cluster.local", "failed"), audited.len() * 2);
+    let clusters = get_json(admin, "/clusters").await;
+    let shown = clusters["clusters"].as_array().unwrap();
+    let shown =
+        |part: &str| shown.iter().find(|cluster| cluster["name"].as_str().unwrap().contains(part)).unwrap();
+    assert_eq!(shown("|v2|")["mirrored"]["answered"], 120);
+    assert!(shown("|v1|")["mirrored"].is_null());
+    let log = example.log().await;
+    assert_eq!(log.lines().count(), 120, "copies have no line: {log}");
+    assert_eq!(log.matches("\" 200 - via_upstream").count(), 120, "{log}");
+}
+
+#[tokio::test]
 async fn tcp_routing() {
     async fn named(name: &'static str) -> SocketAddr {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();

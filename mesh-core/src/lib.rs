@@ -20,6 +20,7 @@ mod listener;
 mod listener_set;
 pub mod local_reply;
 pub mod matcher;
+pub mod mirrored;
 mod normalize;
 pub mod panic;
 mod prefixed;

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, Discovery};
 use crate::fault::FaultScope;
+use crate::mirror::{Mirror, MirrorAuthority, MirrorOutcome};
 use crate::rewrite::PathRewrite;
 use crate::route::{ActionKind, Route};
 use crate::runtime::ClusterRuntime;
@@ -122,7 +123,30 @@ fn cluster(cluster: &Cluster) -> Value {
             "retried": runtime.retried(),
             "retry_overflows": runtime.retry_overflows(),
         })),
+        "mirrored": cluster.runtime().filter(|runtime| !runtime.mirrors().is_empty()).map(|runtime| mirrored(runtime)),
         "outlier_detection": cluster.runtime().filter(|_| spec.outlier_detection.is_some()).map(|runtime| outliers(runtime)),
+    })
+}
+
+/// What became of the copies that a cluster was to get.
+fn mirrored(runtime: &ClusterRuntime) -> Value {
+    let counted = MirrorOutcome::ALL
+        .map(|outcome| (outcome.as_str().to_owned(), runtime.mirrors().get(outcome).into()));
+    Value::Object(counted.into_iter().collect())
+}
+
+/// A mirror of a route.
+fn mirror(mirror: &Mirror) -> Value {
+    json!({
+        "cluster": mirror.name.as_str(),
+        "known": mirror.cluster.is_some(),
+        "percentage": mirror.percentage.to_string(),
+        "sample_by": mirror.sample_by.as_ref().map(ToString::to_string),
+        "authority": match &mirror.authority {
+            MirrorAuthority::Keep => Value::Null,
+            MirrorAuthority::Shadow => "-shadow".into(),
+            MirrorAuthority::Replace(value) => String::from_utf8_lossy(value.as_bytes()).into(),
+        },
     })
 }
 
@@ -168,6 +192,11 @@ fn route(route: &Route) -> Value {
         ActionKind::DirectResponse(direct) => json!({"direct_response": direct.status.as_u16()}),
     };
     let mut shown = json!({"name": route.name(), "match": route.matcher().to_string(), "action": action});
+    if let ActionKind::Forward(forward) = &route.action().kind
+        && !forward.mirrors.is_empty()
+    {
+        shown["mirrors"] = forward.mirrors.iter().map(mirror).collect();
+    }
     if let Some(fault) = &route.action().fault {
         shown["fault"] = json!({
             "delay_ms": fault.delay.map(|delay| delay.duration.as_millis() as u64),

@@ -18,6 +18,7 @@ use crate::fault::{AbortKind, Fault};
 use crate::hash_policy::{HashPolicy, RequestKey};
 use crate::headers::{FormatContext, OwnedHead};
 use crate::headers_layer::AfterRoute;
+use crate::mirror;
 use crate::overrides::Overrides;
 use crate::request_view::RequestView;
 use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, is_idempotent};
@@ -67,6 +68,9 @@ pub(crate) async fn forward(
     let overrides = forward.client_overrides.then(|| Overrides::take(request.headers_mut()));
     let overrides = overrides.flatten();
     let timeouts = Timeouts::of(forward, overrides.as_deref(), request.headers(), cx);
+    if !forward.mirrors.is_empty() && on_upgrade.is_none() {
+        mirror::start(shard, forward, cx, runtime.mirroring(), &timeouts, request);
+    }
     let deadline = timeouts.route.map(|timeout| {
         let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
         *request.body_mut() = body;
@@ -343,7 +347,7 @@ fn take_upgrade(request: &mut Request<Body>) -> Option<OnUpgrade> {
 }
 
 /// Replaces the authority where the request has it.
-fn set_authority(request: &mut Request<Body>, authority: HeaderValue) {
+pub(crate) fn set_authority<B>(request: &mut Request<B>, authority: HeaderValue) {
     if request.uri().authority().is_some() {
         let path = request.uri().path_and_query().cloned();
         *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));

@@ -27,6 +27,7 @@ mod headers_layer;
 mod index;
 #[cfg(feature = "istio")]
 mod istio;
+pub mod mirror;
 pub mod outlier;
 mod overrides;
 mod percentage;
@@ -61,6 +62,9 @@ pub use fault::{
 pub use hash_policy::{HashCookie, HashPolicy, InvalidHashPolicy, RequestKey};
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
+pub use mirror::{
+    Mirror, MirrorAuthority, MirrorCounters, MirrorLayer, MirrorOutcome, MirrorRequests, Mirroring,
+};
 pub use outlier::OutlierDetection;
 pub use percentage::Percentage;
 pub use redirect::{Redirect, RedirectPath, RedirectPort};

@@ -18,6 +18,7 @@ use crate::direct_response::DirectResponse;
 use crate::fault::Fault;
 use crate::hash_policy::HashPolicy;
 use crate::headers::HeaderOps;
+use crate::mirror::Mirror;
 use crate::redirect::Redirect;
 use crate::request_view::RequestView;
 use crate::retry::RetryPolicy;
@@ -140,6 +141,8 @@ pub struct Forward {
     pub idle_timeout: Option<Duration>,
     /// Whether Envoy's headers for timeouts and retries are followed (VS-T02). Default false.
     pub client_overrides: bool,
+    /// Who gets copies of the requests (VS-P01). Default nobody.
+    pub mirrors: Box<[Mirror]>,
 }
 
 /// One destination of a route.
@@ -247,6 +250,7 @@ impl Forward {
             retry: RetryPolicy::never(),
             idle_timeout: None,
             client_overrides: false,
+            mirrors: Box::default(),
         }
     }
 

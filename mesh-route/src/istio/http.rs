@@ -282,6 +282,7 @@ impl<'m> Rules<'_, 'm> {
         forward.idle_timeout =
             annotation(annotations::STREAM_IDLE_TIMEOUT).and_then(|value| annotations::duration(value).ok());
         forward.client_overrides = annotation(annotations::CLIENT_OVERRIDES) == Some("true");
+        forward.mirrors = super::mirror::compile(self, resource, path, rule, place);
         if let Some(rewrite) = &rule.rewrite {
             let at = format!("{path}.rewrite");
             forward.rewrite = Rewrite {

@@ -16,6 +16,7 @@ mod http;
 mod l4;
 mod load_balancer;
 mod mesh;
+mod mirror;
 mod outbound;
 mod policy;
 mod retry;
@@ -33,6 +34,7 @@ impl Compile<ResourceSet> for RouteTable {
         honour::honour(set, diags);
         fault::annotations(set, diags);
         load_balancer::check(set, diags);
+        mirror::check(set, diags);
         let mesh = mesh::Mesh::new(set, cx);
         let mut clusters = clusters::Clusters::new(&mesh);
         let mut table = match cx.role {

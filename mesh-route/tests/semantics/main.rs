@@ -12,6 +12,7 @@ mod fault;
 mod gateway;
 mod l4;
 mod mesh_config;
+mod mirror;
 mod outlier;
 mod ports;
 mod retry;
