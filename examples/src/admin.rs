@@ -72,6 +72,8 @@ const PATHS: &[(&str, &str)] = &[
     ("/listeners", "every listener with its address and counters"),
     ("/server_info", "version, workload, uptime"),
     ("/explain?url=http://HOST/PATH", "which rule takes a request, and why not the ones before it"),
+    ("/mirror_diff", "where the answers of mirrors differ from those of the primary; samples"),
+    ("/mirror_diff?captured", "the compared requests, a JSON object a line, for sidecar --replay"),
     ("/stats/prometheus", "counters of the process"),
 ];
 
@@ -110,6 +112,7 @@ impl Admin {
             "/listeners" => json(StatusCode::OK, &self.listeners()),
             "/server_info" => json(StatusCode::OK, &self.server_info()),
             "/explain" => self.explain(request.uri().query().unwrap_or("")),
+            "/mirror_diff" => self.mirror_diff(request.uri().query()),
             "/stats/prometheus" => text(StatusCode::OK, self.prometheus()),
             _ => not_found(port),
         }
@@ -231,6 +234,15 @@ impl Admin {
         json(StatusCode::OK, &question.answer(table, direction, edge, seed))
     }
 
+    fn mirror_diff(&self, query: Option<&str>) -> Response<Body> {
+        let diffs = self.clusters.mirroring().diffs();
+        match query {
+            None | Some("") => json(StatusCode::OK, &diffs.to_json()),
+            Some("captured") => reply(StatusCode::OK, "application/x-ndjson", diffs.captured()),
+            Some(_) => text(StatusCode::BAD_REQUEST, "known is /mirror_diff?captured\n".to_owned()),
+        }
+    }
+
     fn prometheus(&self) -> String {
         let loaded = self.status.read();
         let mut out = String::new();
@@ -285,6 +297,16 @@ impl Admin {
         let name = "mesh_mirrored_requests_in_flight";
         let in_flight = self.clusters.mirroring().in_flight();
         let _ = writeln!(out, "# HELP {name} Copies in flight.\n# TYPE {name} gauge\n{name} {in_flight}");
+        let name = "mesh_mirror_comparisons_total";
+        let help = "Answers of mirrors that were compared with those of the primary, by what came of it.";
+        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} counter");
+        for (route, mirror, counts) in self.clusters.mirroring().diffs().counts() {
+            let route = route.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            for (verdict, count) in counts {
+                let labels = format!("route=\"{route}\",cluster=\"{mirror}\",verdict=\"{verdict}\"");
+                let _ = writeln!(out, "{name}{{{labels}}} {count}");
+            }
+        }
     }
 }
 

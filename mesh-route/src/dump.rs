@@ -142,6 +142,7 @@ fn mirror(mirror: &Mirror) -> Value {
         "known": mirror.cluster.is_some(),
         "percentage": mirror.percentage.to_string(),
         "sample_by": mirror.sample_by.as_ref().map(ToString::to_string),
+        "compared": mirror.diff.as_ref().map(|policy| policy.percentage.to_string()),
         "authority": match &mirror.authority {
             MirrorAuthority::Keep => Value::Null,
             MirrorAuthority::Shadow => "-shadow".into(),

@@ -14,6 +14,7 @@ use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
 
 use crate::attempt::{self, Answer, Attempt, Failure, Limits};
 use crate::cluster::{ClusterSpec, Discovery};
+use crate::diff::Watch;
 use crate::fault::{AbortKind, Fault};
 use crate::hash_policy::{HashPolicy, RequestKey};
 use crate::headers::{FormatContext, OwnedHead};
@@ -68,9 +69,12 @@ pub(crate) async fn forward(
     let overrides = forward.client_overrides.then(|| Overrides::take(request.headers_mut()));
     let overrides = overrides.flatten();
     let timeouts = Timeouts::of(forward, overrides.as_deref(), request.headers(), cx);
-    if !forward.mirrors.is_empty() && on_upgrade.is_none() {
-        mirror::start(shard, forward, cx, runtime.mirroring(), &timeouts, request);
-    }
+    let watch = if forward.mirrors.is_empty() || on_upgrade.is_some() {
+        None
+    } else {
+        mirror::start(shard, forward, (cluster, runtime), cx, &timeouts, request)
+    };
+    let after = After::of(head, watch);
     let deadline = timeouts.route.map(|timeout| {
         let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
         *request.body_mut() = body;
@@ -98,8 +102,29 @@ pub(crate) async fn forward(
     if let (RequestKey::Issued(issued), Ok(response)) = (attempt.key, &mut response) {
         give_cookie(cluster.spec(), issued, response);
     }
+    let head = after.and_then(|after| after.met_by(&mut response));
     apply_response_headers(destination, head, cx, version, &mut response);
     response
+}
+
+/// What waits for the response of a request. In one box, as what most requests do not have.
+struct After {
+    head: Option<Box<OwnedHead>>,
+    watch: Option<Box<Watch>>,
+}
+
+impl After {
+    fn of(head: Option<Box<OwnedHead>>, watch: Option<Box<Watch>>) -> Option<Box<Self>> {
+        (head.is_some() || watch.is_some()).then(|| Box::new(Self { head, watch }))
+    }
+
+    /// Compared is what the upstream said; what a policy replied is not.
+    fn met_by(self, response: &mut Result<Response<Body>, Error>) -> Option<Box<OwnedHead>> {
+        if let (Some(watch), Ok(response)) = (self.watch, response) {
+            watch.look(response);
+        }
+        self.head
+    }
 }
 
 /// The tries of one request.

@@ -12,6 +12,7 @@ pub mod canary;
 mod cluster;
 mod connect;
 mod cors;
+pub mod diff;
 mod direct_response;
 pub mod discover;
 mod dispatch;

@@ -32,9 +32,10 @@ use rand::Rng;
 
 pub use count::{MOST_IN_FLIGHT, MirrorCounters, MirrorOutcome, Mirroring};
 pub use layer::{MirrorLayer, MirrorRequests};
-pub(crate) use send::start;
+pub(crate) use send::{discard, start};
 
 use crate::cluster::Cluster;
+use crate::diff::DiffPolicy;
 use crate::forward::set_authority;
 use crate::hash_policy::{HashPolicy, xxhash};
 use crate::headers::HeaderOps;
@@ -57,6 +58,8 @@ pub struct Mirror {
     pub authority: MirrorAuthority,
     /// Operations on the headers of the copies, after all others. Default none.
     pub request_headers: HeaderOps,
+    /// Whether and how its answers are compared with those of the primary (VS-P05). Default they are thrown away.
+    pub diff: Option<Arc<DiffPolicy>>,
 }
 
 /// The authority of a copy.
@@ -91,6 +94,7 @@ impl Mirror {
             sample_by: None,
             authority: MirrorAuthority::Keep,
             request_headers: HeaderOps::default(),
+            diff: None,
         }
     }
 
@@ -119,6 +123,13 @@ impl Mirror {
     #[must_use]
     pub fn request_headers(mut self, operations: HeaderOps) -> Self {
         self.request_headers = operations;
+        self
+    }
+
+    /// Compares the answers of the mirror with those of the primary ([`diff`](crate::diff)).
+    #[must_use]
+    pub fn diff(mut self, policy: DiffPolicy) -> Self {
+        self.diff = Some(Arc::new(policy));
         self
     }
 

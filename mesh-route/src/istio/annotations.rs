@@ -8,6 +8,7 @@
 //! | `mesh.rs/fault-scope` | VirtualService | `per-request`, `per-try` | whether `fault` is drawn for each try, so that retries and timeouts apply to it |
 //! | `mesh.rs/sticky-split` | VirtualService | `header:NAME`, `cookie:NAME`, `source-ip`, `query:NAME` | who stays on a destination of an HTTP rule while its weights change (VS-R05) |
 //! | `mesh.rs/mirror` | VirtualService | a JSON object by mirror (`HOST/SUBSET`, `HOST` or `*`) of `authority`, `set`, `add`, `remove`, `sampleBy` | authority and header operations of mirrored copies, and the key that decides which requests are copied (VS-P04) |
+//! | `mesh.rs/mirror-diff` | VirtualService | a JSON object of `percentage`, `headers`, `baseline`, `baselineAnyMethod`, `bodyBytes` | the answers of mirrors are compared with those of the primary (VS-P05) |
 //! | `mesh.rs/load-balancer` | DestinationRule | `PEAK_EWMA` | the algorithm where the policy names none (DR-LB10) |
 
 use std::collections::BTreeMap;
@@ -26,6 +27,7 @@ pub(super) const CLIENT_OVERRIDES: &str = "mesh.rs/client-overrides";
 pub(super) const FAULT_SCOPE: &str = "mesh.rs/fault-scope";
 pub(super) const STICKY_SPLIT: &str = "mesh.rs/sticky-split";
 pub(super) const MIRROR: &str = "mesh.rs/mirror";
+pub(super) const MIRROR_DIFF: &str = "mesh.rs/mirror-diff";
 pub(super) const LOAD_BALANCER: &str = "mesh.rs/load-balancer";
 pub(super) const PEAK_EWMA: &str = "PEAK_EWMA";
 
@@ -41,6 +43,7 @@ pub(super) const VIRTUAL_SERVICE: Known = &[
     (FAULT_SCOPE, |_| Ok(())),
     (CLIENT_OVERRIDES, |value| one_of(value, &["true", "false"])),
     (MIRROR, |value| super::mirror::Extras::parse(value).map(drop)),
+    (MIRROR_DIFF, |value| super::mirror::diff_policy(value).map(drop)),
     (STICKY_SPLIT, |value| value.parse::<HashPolicy>().map(drop).map_err(|error| error.to_string())),
 ];
 

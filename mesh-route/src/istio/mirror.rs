@@ -8,8 +8,17 @@
 //!   {"reviews/v2": {"authority": "v2.example", "set": {"x-mirror": "yes"}, "add": {}, "remove": ["cookie"],
 //!                   "sampleBy": "header:x-user"}}
 //! ```
+//!
+//! Another has the answers of all mirrors compared with those of the primary (VS-P05); every field may be left out:
+//!
+//! ```yaml
+//! mesh.rs/mirror-diff: |
+//!   {"percentage": 100, "headers": ["content-type"], "baseline": 10, "baselineAnyMethod": false, "bodyBytes": 65536}
+//! ```
 
-use http::HeaderValue;
+use std::sync::Arc;
+
+use http::{HeaderName, HeaderValue};
 use mesh_core::Compat;
 use mesh_core::diagnostics::{Diagnostics, Severity};
 use mesh_core::istio::types::common::Percent;
@@ -20,6 +29,7 @@ use serde_json::{Map, Value};
 use super::annotations;
 use super::clusters::Found;
 use super::http::{Place, Rules};
+use crate::diff::DiffPolicy;
 use crate::hash_policy::HashPolicy;
 use crate::headers::HeaderOps;
 use crate::mirror::{Mirror, MirrorAuthority};
@@ -40,6 +50,8 @@ pub(super) fn compile(
         .get(annotations::MIRROR)
         .and_then(|value| Extras::parse(value).ok())
         .unwrap_or_default();
+    let diff = resource.meta.annotations.get(annotations::MIRROR_DIFF);
+    let diff = diff.and_then(|value| diff_policy(value).ok()).map(Arc::new);
     let mut mirrors = Vec::new();
     for (field, to, percentage) in named(rule) {
         if percentage == Percentage::NEVER {
@@ -85,6 +97,7 @@ pub(super) fn compile(
             mirror.request_headers = extra.headers.clone();
             mirror.sample_by = extra.sample_by.clone();
         }
+        mirror.diff = diff.clone();
         mirrors.push(mirror);
     }
     mirrors.into()
@@ -118,15 +131,20 @@ pub(super) fn check(set: &ResourceSet, diags: &mut Diagnostics) {
                 diags.warning_at(resource.doc, format!("spec.http[{at}].{field}"), message);
             }
         }
+        // What a delegate mirrors, its root says more of.
+        let delegates = resource.spec.http.iter().any(|rule| rule.delegate.is_some());
+        let names: Vec<_> = resource.spec.http.iter().flat_map(named).map(|(_, to, _)| to).collect();
+        if resource.meta.annotations.contains_key(annotations::MIRROR_DIFF) && names.is_empty() && !delegates
+        {
+            let path = format!("metadata.annotations.{}", annotations::MIRROR_DIFF);
+            diags.warning_at(resource.doc, path, "has no effect: no rule mirrors");
+        }
         let Some(extras) =
             resource.meta.annotations.get(annotations::MIRROR).and_then(|value| Extras::parse(value).ok())
         else {
             continue;
         };
         let path = || format!("metadata.annotations.{}", annotations::MIRROR);
-        // What a delegate mirrors, its root says more of.
-        let delegates = resource.spec.http.iter().any(|rule| rule.delegate.is_some());
-        let names: Vec<_> = resource.spec.http.iter().flat_map(named).map(|(_, to, _)| to).collect();
         for (name, _) in extras.0.iter().filter(|_| !delegates) {
             if !names.iter().any(|to| is_named(name, to)) {
                 diags.warning_at(resource.doc, path(), format!("has no effect: no rule mirrors to {name:?}"));
@@ -224,6 +242,43 @@ impl Extra {
     }
 }
 
+/// Reads the annotation that has answers compared.
+pub(super) fn diff_policy(text: &str) -> Result<DiffPolicy, String> {
+    const KNOWN: [&str; 5] = ["percentage", "headers", "baseline", "baselineAnyMethod", "bodyBytes"];
+    let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let Value::Object(fields) = value else { return Err("a JSON object is wanted".to_owned()) };
+    if let Some(unknown) = fields.keys().find(|name| !KNOWN.contains(&name.as_str())) {
+        return Err(format!("{unknown}: known are {}", KNOWN.join(", ")));
+    }
+    let percent = |name: &str, default: Percentage| match fields.get(name) {
+        None => Ok(default),
+        Some(value) => match value.as_f64().filter(|percent| (0.0..=100.0).contains(percent)) {
+            Some(percent) => Ok(Percentage::from_percent(percent)),
+            None => Err(format!("{name}: a percentage from 0 to 100 is wanted")),
+        },
+    };
+    let mut policy = DiffPolicy::default();
+    policy.percentage = percent("percentage", policy.percentage)?;
+    policy.baseline = percent("baseline", policy.baseline)?;
+    if let Some(any) = fields.get("baselineAnyMethod") {
+        policy.baseline_any_method = any.as_bool().ok_or("baselineAnyMethod: true or false is wanted")?;
+    }
+    if let Some(bytes) = fields.get("bodyBytes") {
+        let bytes =
+            bytes.as_u64().filter(|bytes| *bytes <= MOST_BODY_BYTES).and_then(|bytes| bytes.try_into().ok());
+        policy.body_bytes = bytes.ok_or(format!("bodyBytes: at most {MOST_BODY_BYTES} are kept"))?;
+    }
+    if let Some(names) = fields.get("headers") {
+        let name = |name: &Value| name.as_str().and_then(|name| HeaderName::try_from(name).ok());
+        let names = names.as_array().and_then(|names| names.iter().map(name).collect::<Option<_>>());
+        policy.headers = names.ok_or("headers: a list of names is wanted")?;
+    }
+    Ok(policy)
+}
+
+/// The most bytes of a body that are kept for comparison.
+const MOST_BODY_BYTES: u64 = 1024 * 1024;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -248,6 +303,34 @@ mod tests {
             let said = Extras::parse(text).err().unwrap_or_default();
             assert!(said.contains(reason), "{text}: {said}");
         }
+    }
+
+    #[test]
+    fn vs_p05_the_annotation_is_judged() {
+        for (text, reason) in [
+            ("yes", "expected value"),
+            ("1", "a JSON object is wanted"),
+            (r#"{"percent": 1}"#, "percent: known are percentage, headers"),
+            (r#"{"percentage": 101}"#, "percentage: a percentage from 0 to 100 is wanted"),
+            (r#"{"baseline": "1"}"#, "baseline: a percentage"),
+            (r#"{"baselineAnyMethod": 1}"#, "true or false"),
+            (r#"{"bodyBytes": 2000000}"#, "at most 1048576"),
+            (r#"{"headers": "a"}"#, "a list of names"),
+            (r#"{"headers": ["a b"]}"#, "a list of names"),
+        ] {
+            let said = diff_policy(text).unwrap_err();
+            assert!(said.contains(reason), "{text}: {said}");
+        }
+        assert_eq!(diff_policy("{}"), Ok(DiffPolicy::default()));
+        let all = r#"{"percentage": 5, "headers": ["ETag"], "baseline": 0, "baselineAnyMethod": true, "bodyBytes": 10}"#;
+        let expected = DiffPolicy {
+            percentage: Percentage::from_percent(5.0),
+            headers: vec![HeaderName::from_static("etag")],
+            baseline: Percentage::NEVER,
+            baseline_any_method: true,
+            body_bytes: 10,
+        };
+        assert_eq!(diff_policy(all), Ok(expected));
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use mesh_core::mirrored::MirrorId;
 
+use crate::diff::Diffs;
+
 /// The most copies that a process has in flight unless it is told otherwise. Each holds at most 64 KiB that its mirror
 /// has not read, so mirrors that hang hold 64 MiB.
 pub const MOST_IN_FLIGHT: u32 = 1024;
@@ -18,6 +20,7 @@ struct Shared {
     id: MirrorId,
     most: AtomicU32,
     in_flight: AtomicU32,
+    diffs: Diffs,
 }
 
 impl Mirroring {
@@ -28,6 +31,7 @@ impl Mirroring {
             id: MirrorId::new(rand::random()),
             most: AtomicU32::new(MOST_IN_FLIGHT),
             in_flight: AtomicU32::new(0),
+            diffs: Diffs::default(),
         }))
     }
 
@@ -40,6 +44,12 @@ impl Mirroring {
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.0.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// What came of comparing answers (VS-P05).
+    #[must_use]
+    pub fn diffs(&self) -> &Diffs {
+        &self.0.diffs
     }
 
     pub(crate) fn id(&self) -> MirrorId {

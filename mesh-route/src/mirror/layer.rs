@@ -270,7 +270,7 @@ where
 {
     poll_fn(|cx| target.poll_ready(cx)).await.map_err(Into::into)?;
     let response = target.call(request).await.map_err(Into::into)?;
-    discard(response.into_body(), DISCARDED).await.map_err(Into::into)
+    discard(response.into_body(), DISCARDED, |_| {}).await.map_err(Into::into)
 }
 
 impl<S, M, B, RB> Service<Request<B>> for MirrorRequests<S, M>
