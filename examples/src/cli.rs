@@ -40,6 +40,19 @@ pub struct Sidecar {
     #[arg(long)]
     pub demo: bool,
 
+    /// Instead of serving, send the requests that /mirror_diff?captured wrote to --against, print where the answers differ
+    /// from the captured ones, and exit 1 if they do
+    #[arg(long, value_name = "FILE", requires = "against")]
+    pub replay: Option<PathBuf>,
+
+    /// The version that --replay asks
+    #[arg(long, value_name = "URL", requires = "replay")]
+    pub against: Option<http::Uri>,
+
+    /// Compare not with the captured answers, but with those of this version; it is asked twice, to learn what is noise
+    #[arg(long, value_name = "URL", requires = "replay")]
+    pub baseline: Option<http::Uri>,
+
     /// What both binaries take.
     #[command(flatten)]
     pub common: Common,

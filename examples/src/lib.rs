@@ -10,6 +10,7 @@ pub mod control;
 pub mod demo;
 mod explain;
 mod logging;
+pub mod replay;
 mod run;
 
 pub use run::{gateway, sidecar};

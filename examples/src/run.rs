@@ -29,7 +29,7 @@ use crate::admin::{Admin, Port};
 use crate::cli::{Common, Gateway, Sidecar};
 use crate::compose::{self, Parts};
 use crate::control::{Control, Sources};
-use crate::{demo, logging};
+use crate::{demo, logging, replay};
 
 /// How often the demo says what its applications have seen.
 const DEMO_REPORT: Duration = Duration::from_secs(2);
@@ -88,6 +88,11 @@ fn finish(result: Result<(), Failure>) -> ExitCode {
 
 async fn run_sidecar(args: Sidecar) -> Result<(), Failure> {
     logging::init(&args.common.log).map_err(Failure::Usage)?;
+    if let (Some(file), Some(against)) = (&args.replay, &args.against) {
+        let report = replay::run(file, against, args.baseline.as_ref()).await.map_err(Failure::Other)?;
+        print!("{}", report.table());
+        return if report.is_clean() { Ok(()) } else { Err(Failure::other("the answers differ")) };
+    }
     let pairs = args.inbound_pairs().map_err(Failure::Usage)?;
     let mut sources = sources(&args.common)?;
     let bookinfo = if args.runs_demo() {

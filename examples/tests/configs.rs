@@ -257,6 +257,9 @@ async fn mirroring() {
     let audit = Scripted::start("audit", |_| Reply::Reset).await;
     let ports = [(9081, v1.addr), (9082, v2.addr), (9083, audit.addr)];
     let example = Example::start("mirroring.yaml", &ports);
+    let path = format!("{}/config/mirroring.yaml", env!("CARGO_MANIFEST_DIR"));
+    let checked = Command::new(SIDECAR).args(["--check", "--config", &path]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&checked.stdout), "0 errors, 0 warnings\n");
     let users = 60;
     for _ in 0..2 {
         for user in 0..users {
@@ -307,6 +310,79 @@ async fn mirroring() {
     let log = example.log().await;
     assert_eq!(log.lines().count(), 120, "copies have no line: {log}");
     assert_eq!(log.matches("\" 200 - via_upstream").count(), 120, "{log}");
+}
+
+#[tokio::test]
+async fn mirror_diffing() {
+    let (v1, v2) = (Echo::start("v1").await, Echo::start("v2").await);
+    let example = Example::start("mirror-diffing.yaml", &[(9081, v1.addr), (9082, v2.addr)]);
+    for at in 0..80 {
+        let answer =
+            example.send("GET", "reviews", &format!("/items/{at}"), "authorization: secret\r\n").await;
+        assert_eq!(answer.status, 200);
+        assert!(answer.body.contains("\"name\":\"v1\""), "{}", answer.body);
+    }
+    let admin = example.sidecar.address("admin");
+    let compared = async || {
+        let found = get_json(admin, "/mirror_diff").await;
+        found["comparisons"][0]["compared"] == 80
+    };
+    mesh_testkit::until("every copy was compared", compared).await;
+    let found = get_json(admin, "/mirror_diff").await;
+    let pair = &found["comparisons"][0];
+    assert_eq!((pair["route"].as_str(), pair["different"].as_u64()), (Some("all"), Some(80)));
+    assert_eq!(pair["mirror"], "outbound|80|v2|reviews.default.svc.cluster.local");
+    assert!(pair["baselines"].as_u64().unwrap() > 0, "{pair}");
+    let place = |name: &str| {
+        let places = pair["places"].as_array().unwrap();
+        places.iter().find(|place| place["place"] == name).unwrap_or_else(|| panic!("no {name} in {pair}"))["noise"]
+            == true
+    };
+    assert!(!place("$.name"), "that is what differs");
+    assert!(place("$.headers.x-mesh-mirrored"), "every copy has it, that for the baseline too");
+    assert_eq!(found["samples"].as_array().unwrap().len(), 80);
+    assert_eq!(found["samples"][0]["mirror"]["status"], 200);
+    let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
+    let series = "mesh_mirror_comparisons_total{route=\"all\",cluster=\"outbound|80|v2|reviews.default.svc.cluster.local\",verdict=\"different\"} 80\n";
+    assert!(stats.contains(series), "{stats}");
+
+    let (status, lines) = mesh_testkit::raw::get(admin, "localhost", "/mirror_diff?captured").await;
+    assert_eq!((status, lines.lines().count()), (200, 80));
+    for line in lines.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let named = |pair: &serde_json::Value| pair[0] == "authorization";
+        assert!(!line["headers"].as_array().unwrap().iter().any(named), "credentials are not written down");
+    }
+    example.dir.write("requests.jsonl", &lines);
+    let file = example.dir.file("requests.jsonl");
+    let replay = async |args: Vec<String>| {
+        let run = move || Command::new(SIDECAR).args(args).output().unwrap();
+        let output = tokio::task::spawn_blocking(run).await.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let args = |against: SocketAddr, baseline: Option<SocketAddr>| {
+        let mut args =
+            vec!["--replay".to_owned(), file.clone(), "--against".to_owned(), format!("http://{against}")];
+        args.extend(baseline.into_iter().flat_map(|url| ["--baseline".to_owned(), format!("http://{url}")]));
+        args
+    };
+    let (code, table, _) = replay(args(v2.addr, Some(v1.addr))).await;
+    assert_eq!(code, Some(1), "{table}");
+    assert!(table.starts_with("80 requests: 0 equal, 0 differ by noise, 80 differ"), "{table}");
+    assert!(table.contains("\nGET reviews/items/0\n  $.name: \"v1\" is now \"v2\"\n"), "{table}");
+    let (code, table, _) = replay(args(v1.addr, Some(v1.addr))).await;
+    assert_eq!(code, Some(0), "{table}");
+    assert!(table.starts_with("80 requests: 80 equal"), "{table}");
+    // What was captured was no copy; what is asked now is, and this service tells.
+    let (code, table, _) = replay(args(v1.addr, None)).await;
+    assert_eq!(code, Some(1), "{table}");
+    let row = table.lines().find(|line| line.starts_with("$.headers.x-mesh-mirrored")).unwrap();
+    assert_eq!(row.split_whitespace().skip(1).collect::<Vec<_>>(), ["added", "80", "0"]);
+    example.dir.write("requests.jsonl", "{}");
+    let (code, _, said) = replay(args(v1.addr, None)).await;
+    assert_eq!(code, Some(1));
+    assert!(said.contains("requests.jsonl:1: response is missing"), "{said}");
 }
 
 #[tokio::test]
