@@ -72,7 +72,7 @@ pub(crate) async fn forward(
     let watch = if forward.mirrors.is_empty() || on_upgrade.is_some() {
         None
     } else {
-        mirror::start(shard, forward, (cluster, runtime), cx, &timeouts, request)
+        mirror::start(shard, forward, (cluster, runtime), cx, timeouts, request)
     };
     let after = After::of(head, watch);
     let deadline = timeouts.route.map(|timeout| {

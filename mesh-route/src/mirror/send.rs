@@ -37,7 +37,7 @@ pub(crate) fn start(
     forward: &Forward,
     to: (&Arc<Cluster>, &Arc<ClusterRuntime>),
     cx: &RequestContext,
-    timeouts: &Timeouts,
+    timeouts: Timeouts,
     request: &mut Request<Body>,
 ) -> Option<Box<Watch>> {
     let process = to.1.mirroring();
