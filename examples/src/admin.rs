@@ -13,6 +13,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 use mesh_core::diagnostics::{Diagnostic, Severity};
 use mesh_core::server::{HttpStack, Phase, Server};
 use mesh_core::{Body, Direction, EdgeSettings, Slot, Snapshots};
+use mesh_route::diff::Counts;
 use mesh_route::{Clusters, MirrorOutcome, RouteTable, TcpRouteTable, dump};
 use mesh_telemetry::access_log::AccessLogSink;
 use serde_json::{Value, json};
@@ -300,9 +301,9 @@ impl Admin {
         let name = "mesh_mirror_comparisons_total";
         let help = "Answers of mirrors that were compared with those of the primary, by what came of it.";
         let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} counter");
-        for (route, mirror, counts) in self.clusters.mirroring().diffs().counts() {
+        for Counts { route, mirror, verdicts } in self.clusters.mirroring().diffs().counts() {
             let route = route.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-            for (verdict, count) in counts {
+            for (verdict, count) in verdicts {
                 let labels = format!("route=\"{route}\",cluster=\"{mirror}\",verdict=\"{verdict}\"");
                 let _ = writeln!(out, "{name}{{{labels}}} {count}");
             }

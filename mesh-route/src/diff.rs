@@ -25,7 +25,7 @@ mod trial;
 
 pub use captured::{Captured, InvalidCapture};
 pub use compare::{Answer, Difference, Kind, compare};
-pub use store::{Diffs, MOST_CAPTURED, MOST_CAPTURED_BYTES, MOST_SAMPLES};
+pub use store::{Counts, Diffs, MOST_CAPTURED, MOST_CAPTURED_BYTES, MOST_SAMPLES};
 pub use tally::{MOST_PATHS, Tally, Verdict};
 pub(crate) use trial::{Trial, Watch, keep};
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, StatusCode};
-use serde_json::Value;
+use serde_json::{Number, Value};
 
 /// The most differences that one comparison tells.
 const MOST: usize = 64;
@@ -183,18 +183,18 @@ fn values(path: &mut Path, primary: &Value, other: &Value, out: &mut Vec<Differe
                 });
             }
         }
-        // 1 and 1.0 are one number.
-        (Value::Number(ours), Value::Number(theirs)) => {
-            if ours != theirs && ours.as_f64() != theirs.as_f64() {
-                path.tell(Kind::Value, Some(primary), Some(other), out);
-            }
-        }
+        (Value::Number(ours), Value::Number(theirs)) if is_same(ours, theirs) => {}
         _ if std::mem::discriminant(primary) != std::mem::discriminant(other) => {
             path.tell(Kind::Type, Some(primary), Some(other), out);
         }
         _ if primary != other => path.tell(Kind::Value, Some(primary), Some(other), out),
         _ => {}
     }
+}
+
+/// 1 and 1.0 are one number. Whole ones are compared exactly: ids have more digits than a float.
+fn is_same(ours: &Number, theirs: &Number) -> bool {
+    if ours.is_f64() || theirs.is_f64() { ours.as_f64() == theirs.as_f64() } else { ours == theirs }
 }
 
 impl Kind {
@@ -265,6 +265,8 @@ mod tests {
                 "$[\"f g\"] added |0",
             ]
         );
+        let ids = said("9007199254740993", "9007199254740992");
+        assert_eq!(ids, ["$ value 9007199254740993|9007199254740992"]);
         assert_eq!(said("[1, 2]", "[1]"), ["$[1] missing 2|"]);
         assert_eq!(said("null", "0"), ["$ type null|0"]);
         assert_eq!(said("{}", "nothing"), ["body value {}|nothing"]);

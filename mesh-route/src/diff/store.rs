@@ -27,6 +27,17 @@ const MOST_PAIRS: usize = 1_000;
 #[derive(Clone, Debug, Default)]
 pub struct Diffs(Arc<Mutex<Found>>);
 
+/// What the comparisons of a route's answers with those of one mirror came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// The name of the route.
+    pub route: String,
+    /// The name of the mirror's cluster.
+    pub mirror: String,
+    /// How many were `equal`, `noise`, `different` and `uncompared`, in this order.
+    pub verdicts: [(&'static str, u64); 4],
+}
+
 #[derive(Debug, Default)]
 struct Found {
     pairs: BTreeMap<(String, String), Pair>,
@@ -144,22 +155,20 @@ impl Diffs {
         })
     }
 
-    /// For each route and mirror, what comparisons came to: `equal`, `noise`, `different`, `uncompared`.
+    /// What comparisons came to, by route and mirror.
     #[must_use]
-    pub fn counts(&self) -> Vec<(String, String, [(&'static str, u64); 4])> {
-        let found = self.lock();
-        let counts = |pair: &Pair| {
-            [
+    pub fn counts(&self) -> Vec<Counts> {
+        let each = |((route, mirror), pair): (&(String, String), &Pair)| Counts {
+            route: route.clone(),
+            mirror: mirror.clone(),
+            verdicts: [
                 (Verdict::Equal.as_str(), pair.equal),
                 (Verdict::Noise.as_str(), pair.noise),
                 (Verdict::Different.as_str(), pair.different),
                 ("uncompared", pair.uncompared),
-            ]
+            ],
         };
-        let each = |((route, mirror), pair): (&(String, String), &Pair)| {
-            (route.clone(), mirror.clone(), counts(pair))
-        };
-        found.pairs.iter().map(each).collect()
+        self.lock().pairs.iter().map(each).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Found> {
@@ -265,7 +274,7 @@ mod tests {
         diffs.uncompared("r", "m");
         let counts = diffs.counts();
         assert_eq!(
-            counts[0].2,
+            counts[0].verdicts,
             [("equal", 1), ("noise", 2), ("different", 1), ("uncompared", 2)],
             "{:#}",
             diffs.to_json()

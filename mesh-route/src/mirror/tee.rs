@@ -242,8 +242,10 @@ mod tests {
 
     use super::*;
 
+    type Feed = http_body_util::channel::Sender<Bytes, Error>;
+
     /// A body that is fed by hand, with its copies.
-    fn fed(copies: usize) -> (http_body_util::channel::Sender<Bytes, Error>, Body, Vec<(Body, Option<Tee>)>) {
+    fn fed(copies: usize) -> (Feed, Body, Vec<(Body, Option<Tee>)>) {
         let (feed, body) = Channel::new(64);
         let (primary, copied) = Tee::split(Body::new(body), copies, UNREAD);
         (feed, primary, copied)

@@ -810,7 +810,7 @@ async fn vs_p05_answers_are_compared_and_noise_is_learned_from_the_primary() {
         places.iter().all(|place| !place.starts_with("header:") || place == "header:etag value true"),
         "{places:?}"
     );
-    assert_eq!(diffs.counts()[0].2[2], ("different", 41));
+    assert_eq!(diffs.counts()[0].verdicts[2], ("different", 41));
     let sample = &shown["samples"][0];
     assert_eq!((sample["method"].as_str(), sample["primary"]["status"].as_u64()), (Some("POST"), Some(200)));
     let lines = diffs.captured();
@@ -842,7 +842,7 @@ async fn vs_p05_what_is_not_whole_or_not_asked_for_is_not_compared() {
         let client = stack(&it, &clusters);
         assert_eq!(send(&client, get("http://reviews/")).await.status, 200);
         let diffs = clusters.mirroring().diffs();
-        until(|| diffs.counts().iter().map(|(.., counts)| counts[3].1).sum::<u64>() == uncompared).await;
+        until(|| diffs.counts().iter().map(|counts| counts.verdicts[3].1).sum::<u64>() == uncompared).await;
         until(|| clusters.mirroring().in_flight() == 0).await;
         assert_eq!(diffs.counts().len(), usize::from(uncompared > 0));
         assert_eq!(diffs.captured(), "");
