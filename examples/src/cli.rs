@@ -86,7 +86,7 @@ pub struct Common {
     #[arg(long, value_name = "PATH")]
     pub mesh_config: Option<PathBuf>,
 
-    /// Admin endpoints: /ready /config_dump /clusters /listeners /server_info /explain
+    /// Admin endpoints: /ready /config_dump /clusters /listeners /server_info /explain /mirror_diff
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15000")]
     pub admin: SocketAddr,
 

@@ -114,6 +114,12 @@ async fn vs_p04_gateways_that_mirror_to_each_other_stop_and_believe_no_stranger(
         assert!(settled(gateway).await.contains("outcome=\"answered\"} 2"));
     }
     assert_eq!(app.requests(), 6);
+    let found = get_json(gateways[0].address("admin"), "/mirror_diff").await;
+    assert_eq!(
+        found["comparisons"],
+        serde_json::json!([]),
+        "a gateway shows it too; nothing asked for it here"
+    );
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! Mirroring: VS-P01 … VS-P04.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -384,25 +384,64 @@ async fn vs_p03_the_suffix_belongs_to_istio_1_1() {
     }
 }
 
+/// What an upstream has received of bodies so far.
+#[derive(Clone, Default)]
+struct Received(Arc<Mutex<(Vec<u8>, Option<HeaderMap>)>>);
+
+impl Received {
+    fn bytes(&self) -> usize {
+        self.0.lock().unwrap().0.len()
+    }
+}
+
+/// An upstream over HTTP/2 that keeps what it receives as it comes.
+async fn receiver() -> (u16, Received) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (port, received) = (listener.local_addr().unwrap().port(), Received::default());
+    let log = received.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let log = log.clone();
+            let answer = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+                let log = log.clone();
+                async move {
+                    let mut body = request.into_body();
+                    while let Some(frame) = body.frame().await {
+                        let mut log = log.0.lock().unwrap();
+                        match frame.unwrap().into_data() {
+                            Ok(data) => log.0.extend_from_slice(&data),
+                            Err(frame) => log.1 = frame.into_trailers().ok(),
+                        }
+                    }
+                    Ok::<_, std::convert::Infallible>(http::Response::new(
+                        http_body_util::Empty::<Bytes>::new(),
+                    ))
+                }
+            });
+            let executor = hyper_util::rt::TokioExecutor::new();
+            let io = hyper_util::rt::TokioIo::new(stream);
+            tokio::spawn(hyper::server::conn::http2::Builder::new(executor).serve_connection(io, answer));
+        }
+    });
+    (port, received)
+}
+
 #[tokio::test]
 async fn vs_p03_the_body_is_teed_with_its_trailers_while_the_primary_streams() {
-    let (primary, mirror) = (
-        Scripted::start("primary", |_| Reply::Status(200)).await,
-        Scripted::start("mirror", |_| Reply::Status(200)).await,
-    );
-    let yaml = (services(primary.addr.port(), &[mirror.addr.port()]) + &mirroring("mirror: {host: a}"))
+    const PIECES: usize = 64;
+    let ((primary, of_primary), (mirror, of_mirror)) = (receiver().await, receiver().await);
+    let yaml = (services(primary, &[mirror]) + &mirroring("mirror: {host: a}"))
         .replace("name: http, protocol: HTTP}", "name: grpc, protocol: GRPC}")
         .replace("ports: {http:", "ports: {grpc:");
     let it = compile(&yaml);
     let client = stack(&it, &Clusters::new());
     let (mut feed, request) = fed("/call");
     let call = tokio::spawn(async move { send(&client, request).await.status });
-    // Far more than is kept: the mirror reads along.
-    let piece = Bytes::from(vec![b'x'; 16 * 1024]);
-    for _ in 0..64 {
-        feed.send_data(piece.clone()).await.unwrap();
-        // As a client on a network does, leave the other tasks of the worker a turn.
-        tokio::time::sleep(Duration::from_millis(1)).await;
+    // Far more than is kept: the mirror reads along, before the request has ended.
+    for at in 1..=PIECES {
+        let piece = Bytes::from(vec![u8::try_from(at).unwrap(); 16 * 1024]);
+        feed.send_data(piece).await.unwrap();
+        until(|| of_primary.bytes() == at * 16 * 1024 && of_mirror.bytes() == at * 16 * 1024).await;
     }
     let mut trailers = HeaderMap::new();
     trailers.insert("x-sum", "64".parse().unwrap());
@@ -412,13 +451,9 @@ async fn vs_p03_the_body_is_teed_with_its_trailers_while_the_primary_streams() {
     let a = runtime(&it, "a");
     until(|| !counted(&a).is_empty()).await;
     assert_eq!(counted(&a), [("answered", 1)]);
-    let (of_primary, of_mirror) = (primary.seen(), mirror.seen());
-    assert_eq!(of_primary[0].body.len(), 64 * piece.len());
-    assert_eq!(of_primary[0].body, of_mirror[0].body);
-    assert_eq!(
-        (of_primary[0].trailers.as_ref(), of_mirror[0].trailers.as_ref()),
-        (Some(&trailers), Some(&trailers))
-    );
+    let (of_primary, of_mirror) = (of_primary.0.lock().unwrap(), of_mirror.0.lock().unwrap());
+    assert!(of_primary.0 == of_mirror.0, "the same bytes");
+    assert_eq!((of_primary.1.as_ref(), of_mirror.1.as_ref()), (Some(&trailers), Some(&trailers)));
 }
 
 /// Takes a connection and what comes on it until it ends, reading only when told.
@@ -670,8 +705,6 @@ async fn vs_p04_the_builder_makes_the_same_mirrors() {
 
 #[tokio::test(start_paused = true)]
 async fn vs_p04_the_layer_by_itself_waits_for_nobody() {
-    use std::sync::Mutex;
-
     use mesh_core::BoxError;
     use mesh_route::MirrorLayer;
 
