@@ -13,6 +13,7 @@ mod gateway;
 mod l4;
 mod mesh_config;
 mod mirror;
+mod mirror_diff;
 mod outlier;
 mod ports;
 mod retry;
