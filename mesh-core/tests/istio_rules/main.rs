@@ -5,6 +5,7 @@
 #![cfg(feature = "istio")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod destination_rule;
 mod metadata;
 mod virtual_service;
 
