@@ -8,6 +8,7 @@
 mod destination_rule;
 mod metadata;
 mod virtual_service;
+mod workloads;
 
 use mesh_core::diagnostics::{Diagnostics, Severity};
 use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile};

@@ -53,11 +53,7 @@ impl WorkloadEntry {
             }
             out.warning("address", format!("address is unset with network {:?}", self.network));
         }
-        if let Some(path) = self.address.strip_prefix(UNIX_PREFIX) {
-            out.check("address", check::unix_address(path));
-            if !self.ports.is_empty() {
-                out.error("ports", "a unix domain socket has no ports");
-            }
+        if self.validate_socket(out) {
             if service_ports.is_some_and(|ports| ports.len() != 1) {
                 out.error("address", "a unix domain socket needs a service with exactly one port");
             }
@@ -83,8 +79,19 @@ impl WorkloadEntry {
 
     /// Judges the template of a group, in which the address is filled in later.
     pub(crate) fn validate_as_template(&self, out: &mut Findings) {
+        self.validate_socket(out);
         self.validate_ports(out, None);
         check::labels(out, "labels", &self.labels);
+    }
+
+    /// Judges the address if it is a unix domain socket, and says whether it is one.
+    fn validate_socket(&self, out: &mut Findings) -> bool {
+        let Some(path) = self.address.strip_prefix(UNIX_PREFIX) else { return false };
+        out.check("address", check::unix_address(path));
+        if !self.ports.is_empty() {
+            out.error("ports", "a unix domain socket has no ports");
+        }
+        true
     }
 
     fn validate_ports(&self, out: &mut Findings, service_ports: Option<&BTreeSet<&str>>) {
