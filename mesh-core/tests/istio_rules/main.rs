@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod destination_rule;
+mod mesh_config;
 mod metadata;
 mod virtual_service;
 mod workloads;
