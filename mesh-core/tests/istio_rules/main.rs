@@ -5,9 +5,18 @@
 #![cfg(feature = "istio")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod authorization_policy;
 mod destination_rule;
+mod extensions;
+mod gateway;
 mod mesh_config;
 mod metadata;
+mod peer_authentication;
+mod proxy_config;
+mod request_authentication;
+mod service_entry;
+mod sidecar;
+mod telemetry;
 mod virtual_service;
 mod workloads;
 
