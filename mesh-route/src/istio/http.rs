@@ -403,9 +403,10 @@ impl<'m> Rules<'_, 'm> {
                 ("", "") => RedirectPath::Keep,
                 ("", prefix) => {
                     let matched = matched.and_then(|m| m.uri.as_ref()).map(StringMatch::kind);
+                    // No match at all is the prefix `/`, as for a rewrite.
                     let length = match matched {
                         Some(StringMatchKind::Prefix(matched)) => matched.len(),
-                        _ => 0,
+                        _ => 1,
                     };
                     RedirectPath::ReplacePrefix(length, prefix.into())
                 }
@@ -459,15 +460,16 @@ pub(super) fn names_gateway(named: &[String], namespace: &str, gateways: &[Strin
     if named.is_empty() {
         return gateways.iter().any(|gateway| gateway == "mesh");
     }
-    named.iter().any(|name| {
-        let full = match name.split_once('/') {
-            Some((".", name)) => format!("{namespace}/{name}"),
-            Some(_) => name.clone(),
-            None if name == "mesh" => name.clone(),
-            None => format!("{namespace}/{name}"),
-        };
-        gateways.contains(&full)
-    })
+    named.iter().any(|name| gateways.contains(&gateway_name(name, namespace)))
+}
+
+/// A gateway as a rule in `namespace` names it, in full: `mesh` or `namespace/name`.
+pub(super) fn gateway_name(name: &str, namespace: &str) -> String {
+    match name.split_once('/') {
+        Some((".", name)) => format!("{namespace}/{name}"),
+        None if name != "mesh" => format!("{namespace}/{name}"),
+        _ => name.to_owned(),
+    }
 }
 
 /// The name of a rule that has none: its virtual service and place, so that a log line finds it.

@@ -458,13 +458,7 @@ impl<'r> From<&'r TlsMatchAttributes> for Match<'r> {
 /// Whether rules of a virtual service may be for one of these gateways: by its own list, or by that of a match.
 fn is_attached(resource: &Resource<VirtualService>, gateways: &[String]) -> bool {
     let (spec, namespace) = (&resource.spec, &resource.meta.namespace);
-    let of_tls = spec.tls.iter().flat_map(|rule| &rule.matches).map(|matched| &matched.gateways);
-    let of_tcp = spec.tcp.iter().flat_map(|rule| &rule.matches).map(|matched| &matched.gateways);
-    !(spec.tls.is_empty() && spec.tcp.is_empty())
-        && (names_gateway(&spec.gateways, namespace, gateways)
-            || of_tls
-                .chain(of_tcp)
-                .any(|named| !named.is_empty() && names_gateway(named, namespace, gateways)))
+    !(spec.tls.is_empty() && spec.tcp.is_empty()) && names_gateway(&spec.gateways, namespace, gateways)
 }
 
 /// Whether HTTP rules of some virtual service may answer to hosts that no service has.

@@ -6,6 +6,7 @@
 //! reported as not enforced.
 
 mod annotations;
+mod attach;
 mod canary;
 mod clusters;
 mod cors;
@@ -34,6 +35,7 @@ impl Compile<ResourceSet> for RouteTable {
         honour::honour(set, diags);
         fault::annotations(set, diags);
         load_balancer::check(set, diags);
+        attach::check(set, diags);
         let mesh = mesh::Mesh::new(set, cx);
         canary::check(&mesh, diags);
         let mut clusters = clusters::Clusters::new(&mesh);

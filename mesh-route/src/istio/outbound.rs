@@ -34,11 +34,12 @@ pub(super) fn table<'m>(
     let services = mesh.visible();
     let owners = owners(mesh, diags);
     let mut claimed: BTreeSet<&str> = BTreeSet::new();
+    let mut ports: Vec<BTreeSet<u16>> = vec![BTreeSet::new(); owners.all.len()];
     let gateways = [MESH.to_owned()];
     for service in &services {
         clusters.all_of(service);
         let owner = owners.for_host(&service.host);
-        if let Some(owner) = owner {
+        if let Some((_, owner)) = owner {
             claimed.extend(
                 owner.hosts.iter().filter(|host| is_covered_by(&service.host, host)).map(String::as_str),
             );
@@ -48,7 +49,8 @@ pub(super) fn table<'m>(
             port.protocol.is_http() && mesh.imports(&service.namespace, &service.host, port.number)
         };
         for port in service.ports.iter().filter(imported) {
-            let mut routes = owner.map_or_else(Vec::new, |owner| {
+            let mut routes = owner.map_or_else(Vec::new, |(at, owner)| {
+                ports[at].insert(port.number);
                 let place = Place { gateways: &gateways, port: Some(port.number) };
                 Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place)
             });
@@ -61,20 +63,22 @@ pub(super) fn table<'m>(
         }
         add(mesh, &mut table, service, &hosts);
     }
-    // Hosts of virtual services that no service has answer at the port of plain HTTP.
-    for owner in &owners.all {
+    // Hosts of virtual services that no service has answer at the ports of the services that the same virtual service
+    // is for, else at the port of plain HTTP.
+    for (owner, mut ports) in owners.all.iter().zip(ports) {
+        if ports.is_empty() {
+            ports.insert(HTTP);
+        }
         for host in owner.hosts.iter().filter(|host| !claimed.contains(host.as_str())) {
-            let place = Place { gateways: &gateways, port: Some(HTTP) };
-            let routes = Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place);
-            if routes.is_empty() {
-                continue;
+            let mut hosts = Vec::with_capacity(ports.len());
+            for &port in &ports {
+                let place = Place { gateways: &gateways, port: Some(port) };
+                let routes = Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place);
+                if !routes.is_empty() {
+                    hosts.push((port, Arc::new(VirtualHost::new(format!("{host}:{port}"), routes))));
+                }
             }
-            let virtual_host = Arc::new(VirtualHost::new(format!("{host}:{HTTP}"), routes));
-            for domain in domains(mesh, host) {
-                // A name that a service has already is the service's.
-                let _ = table.insert(Some(HTTP), &domain, Arc::clone(&virtual_host));
-                let _ = table.insert(None, &domain, Arc::clone(&virtual_host));
-            }
+            insert(&mut table, host, &domains(mesh, host), &hosts);
         }
     }
     let mode = mesh.outbound_mode();
@@ -105,20 +109,21 @@ struct Owners<'a> {
 
 impl<'a> Owners<'a> {
     /// The owner of a host: of its exact name, else of the longest wildcard that covers it.
-    fn for_host(&self, host: &str) -> Option<&Owner<'a>> {
-        if let Some(at) = self.exact.get(host) {
-            return self.all.get(*at);
-        }
-        let wildcards =
-            self.all.iter().flat_map(|owner| owner.hosts.iter().map(move |pattern| (owner, pattern)));
-        wildcards
-            .filter(|(_, pattern)| pattern.starts_with('*') && is_covered_by(host, pattern))
-            // Of equals the first, which is the oldest.
-            .fold(None, |best: Option<(&Owner<'a>, &String)>, next| match best {
-                Some(best) if best.1.len() >= next.1.len() => Some(best),
-                _ => Some(next),
-            })
-            .map(|(owner, _)| owner)
+    fn for_host(&self, host: &str) -> Option<(usize, &Owner<'a>)> {
+        let wildcard = || {
+            let all = self.all.iter().enumerate();
+            let wildcards = all.flat_map(|(at, owner)| owner.hosts.iter().map(move |pattern| (at, pattern)));
+            wildcards
+                .filter(|(_, pattern)| pattern.starts_with('*') && is_covered_by(host, pattern))
+                // Of equals the first, which is the oldest.
+                .fold(None, |best: Option<(usize, &String)>, next| match best {
+                    Some(best) if best.1.len() >= next.1.len() => Some(best),
+                    _ => Some(next),
+                })
+                .map(|(at, _)| at)
+        };
+        let at = self.exact.get(host).copied().or_else(wildcard)?;
+        Some((at, self.all.get(at)?))
     }
 }
 
@@ -130,10 +135,8 @@ fn owners<'m>(mesh: &'m Mesh<'m>, diags: &mut Diagnostics) -> Owners<'m> {
     for resource in mesh.set.virtual_services() {
         let namespace = &resource.meta.namespace;
         let spec = &resource.spec;
-        let attached = names_gateway(&spec.gateways, namespace, &gateways)
-            || spec.http.iter().flat_map(|rule| &rule.matches).any(|matched| {
-                !matched.gateways.is_empty() && names_gateway(&matched.gateways, namespace, &gateways)
-            });
+        // The gateways of a match choose among these and attach nowhere.
+        let attached = names_gateway(&spec.gateways, namespace, &gateways);
         let default = &mesh.config.default_virtual_service_export_to;
         // Who has no HTTP rules takes no host from those who have.
         let routes_http = !spec.http.is_empty();
@@ -187,8 +190,7 @@ fn default_route(
     Some(Arc::new(Route::new("default", RouteMatch::default(), Arc::new(action))))
 }
 
-/// Adds the virtual hosts of a service: at each of its ports, and for requests that name no port at 80, else at its
-/// only HTTP port. A service with several and none of them 80 answers such requests with 404 `NR`.
+/// Adds the virtual hosts of a service under its names and addresses.
 fn add(mesh: &Mesh<'_>, table: &mut RouteTable, service: &Service, hosts: &[(u16, Arc<VirtualHost>)]) {
     let mut names = domains(mesh, &service.host);
     names.extend(
@@ -198,16 +200,23 @@ fn add(mesh: &Mesh<'_>, table: &mut RouteTable, service: &Service, hosts: &[(u16
             .filter(|address| !address.contains('/'))
             .map(|address| if address.contains(':') { format!("[{address}]") } else { address.to_string() }),
     );
+    insert(table, &service.host, &names, hosts);
+}
+
+/// Adds virtual hosts, each at its port, and for requests that name no port the one at 80, else the only one. Of
+/// several with none at 80 such requests get 404 `NR`.
+fn insert(table: &mut RouteTable, host: &str, names: &[String], hosts: &[(u16, Arc<VirtualHost>)]) {
     let without_port = match hosts {
         [] => return,
         [(_, only)] => Arc::clone(only),
         several => match several.iter().find(|(port, _)| *port == HTTP) {
             Some((_, host)) => Arc::clone(host),
-            None => Arc::new(VirtualHost::new(service.host.as_ref(), [])),
+            None => Arc::new(VirtualHost::new(host, [])),
         },
     };
-    for name in &names {
-        // A name that two services share belongs to the first; the names themselves are unique but for aliases.
+    for name in names {
+        // A name that two share belongs to the first, and services come first; the names themselves are unique but
+        // for aliases.
         let _ = table.insert(None, name, Arc::clone(&without_port));
         for (port, host) in hosts {
             let _ = table.insert(Some(*port), name, Arc::clone(host));

@@ -77,6 +77,12 @@ fn vs_d03_prefix_rewrite_is_textual() {
     ] {
         assert_eq!(location(redirect, url), format!("301 {expected}"), "{redirect} {url}");
     }
+    for matched in ["", "match: [{method: {exact: GET}}], "] {
+        let it = compile(
+            &(reviews(&[1]) + &rules(&format!("  - {{{matched}redirect: {{prefixRewrite: /v1}}}}\n"))),
+        );
+        assert_eq!(it.redirect("http://reviews/a?q"), "301 http://reviews/v1a?q", "no path is the prefix /");
+    }
     let path = "spec.http[0].redirect.prefixRewrite";
     for uri in ["exact", "regex"] {
         let yaml =

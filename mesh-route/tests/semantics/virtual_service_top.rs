@@ -52,6 +52,34 @@ fn vs_01_hosts() {
 }
 
 #[test]
+fn vs_01_a_host_without_a_service_answers_at_the_ports_of_the_services_beside_it() {
+    let service = |port: u32| {
+        resource(
+            "ServiceEntry",
+            "backend",
+            &format!(
+                "{{hosts: [backend.example.com], resolution: STATIC, ports: [{{number: {port}, name: http, protocol: HTTP}}], endpoints: [{{address: 127.0.0.1}}]}}"
+            ),
+        )
+    };
+    let route = "http: [{name: v, route: [{destination: {host: backend.example.com}}]}]";
+    let takes = |hosts: &str, url: &str| {
+        let rule = resource("VirtualService", "v", &format!("{{hosts: [{hosts}], {route}}}"));
+        compile(&(service(8080) + &rule)).route(url).as_deref() == Some("v")
+    };
+    let both = "backend.example.com, alias.example.com";
+    assert!(takes(both, "http://alias.example.com:8080/"));
+    assert!(!takes(both, "http://alias.example.com:80/"));
+    assert!(takes("alias.example.com", "http://alias.example.com:80/"));
+    assert!(!takes("alias.example.com", "http://alias.example.com:8080/"));
+    assert!(takes("'*.example.com', alias.example.org", "http://alias.example.org:8080/"));
+    // Without a port in the authority it is as for a service.
+    assert!(
+        takes(both, "http://alias.example.com/") && takes("alias.example.com", "http://alias.example.com/")
+    );
+}
+
+#[test]
 fn vs_02_gateways() {
     let yaml = reviews(&[1])
         + &resource("Gateway", "edge", EDGE)
