@@ -396,8 +396,8 @@ impl<'m> Rules<'_, 'm> {
             port: match (redirect.port, redirect.derive_port) {
                 (Some(port), _) => u16::try_from(port).map_or(RedirectPort::Keep, RedirectPort::Number),
                 (None, Some(RedirectPortSelection::FromRequestPort)) => RedirectPort::FromRequest,
-                (None, Some(RedirectPortSelection::FromProtocolDefault)) => RedirectPort::ProtocolDefault,
-                (None, None) => RedirectPort::Keep,
+                // Envoy's own way, which keeps a port that the authority has.
+                (None, Some(RedirectPortSelection::FromProtocolDefault) | None) => RedirectPort::Keep,
             },
             path: match (redirect.uri.as_str(), redirect.prefix_rewrite.as_str()) {
                 ("", "") => RedirectPath::Keep,

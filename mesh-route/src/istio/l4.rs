@@ -92,7 +92,7 @@ struct Rules<'a, 'm> {
 impl<'m> Rules<'_, 'm> {
     fn sidecar(&mut self) {
         let mesh = self.mesh;
-        let headless = headless(mesh);
+        let headless = mesh.headless();
         let attached = self.attached_to_sidecars();
         let mut used: BTreeSet<(usize, &str)> = BTreeSet::new();
         // Hosts that no service has are answered there, whatever the address.
@@ -468,17 +468,6 @@ fn attached_http(mesh: &Mesh<'_>) -> bool {
         !resource.spec.http.is_empty()
             && names_gateway(&resource.spec.gateways, &resource.meta.namespace, &gateways)
     })
-}
-
-/// The hosts of Kubernetes' headless services, whose clients choose among the instances by themselves.
-fn headless(mesh: &Mesh<'_>) -> BTreeSet<String> {
-    let services = mesh.set.services().iter().filter(|service| service.spec.is_headless());
-    services
-        .map(|service| {
-            let (name, namespace) = (&service.meta.name, &service.meta.namespace);
-            format!("{name}.{namespace}.svc.{}", mesh.cx.cluster_domain).to_ascii_lowercase()
-        })
-        .collect()
 }
 
 fn addresses(service: &Service) -> Vec<IpNet> {

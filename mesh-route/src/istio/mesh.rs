@@ -1,7 +1,7 @@
 //! The mesh as one workload sees it: services by host, names, scopes.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use mesh_core::config::{CompileContext, Role};
@@ -120,6 +120,17 @@ impl<'a> Mesh<'a> {
                 host
             }
         }
+    }
+
+    /// The hosts of Kubernetes' headless services, whose clients choose among the instances by themselves.
+    pub(super) fn headless(&self) -> BTreeSet<String> {
+        let services = self.set.services().iter().filter(|service| service.spec.is_headless());
+        services
+            .map(|service| {
+                let (name, namespace) = (&service.meta.name, &service.meta.namespace);
+                format!("{name}.{namespace}.svc.{}", self.cx.cluster_domain).to_ascii_lowercase()
+            })
+            .collect()
     }
 
     /// Whether a resource of `namespace` is exported to the workload's.

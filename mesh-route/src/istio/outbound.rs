@@ -32,6 +32,7 @@ pub(super) fn table<'m>(
 ) -> RouteTable {
     let mut table = RouteTable::empty(KeyedBy::Destination);
     let services = mesh.visible();
+    let headless = mesh.headless();
     let owners = owners(mesh, diags);
     let mut claimed: BTreeSet<&str> = BTreeSet::new();
     let mut ports: Vec<BTreeSet<u16>> = vec![BTreeSet::new(); owners.all.len()];
@@ -61,7 +62,8 @@ pub(super) fn table<'m>(
             let name = format!("{}:{}", service.host, port.number);
             hosts.push((port.number, Arc::new(VirtualHost::new(name, routes))));
         }
-        add(mesh, &mut table, service, &hosts);
+        let instances = headless.contains(&*service.host);
+        add(mesh, &mut table, service, instances, &hosts);
     }
     // Hosts of virtual services that no service has answer at the ports of the services that the same virtual service
     // is for, else at the port of plain HTTP.
@@ -190,9 +192,19 @@ fn default_route(
     Some(Arc::new(Route::new("default", RouteMatch::default(), Arc::new(action))))
 }
 
-/// Adds the virtual hosts of a service under its names and addresses.
-fn add(mesh: &Mesh<'_>, table: &mut RouteTable, service: &Service, hosts: &[(u16, Arc<VirtualHost>)]) {
+/// Adds the virtual hosts of a service under its names and addresses, and under the names of its instances where they
+/// have some: those of a headless service are called `instance.service`.
+fn add(
+    mesh: &Mesh<'_>,
+    table: &mut RouteTable,
+    service: &Service,
+    instances: bool,
+    hosts: &[(u16, Arc<VirtualHost>)],
+) {
     let mut names = domains(mesh, &service.host);
+    if instances {
+        names.extend(names.clone().iter().map(|name| format!("*.{name}")));
+    }
     names.extend(
         service
             .addresses

@@ -80,6 +80,28 @@ fn vs_01_a_host_without_a_service_answers_at_the_ports_of_the_services_beside_it
 }
 
 #[test]
+fn vs_01_instances_of_a_headless_service_answer_to_their_own_names() {
+    let service = |ip: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: db, namespace: default}}\nspec: {{clusterIP: {ip}, ports: [{{name: http, port: 80}}]}}\n"
+        )
+    };
+    let rule = resource(
+        "VirtualService",
+        "v",
+        "{hosts: [db], http: [{name: v, route: [{destination: {host: db}}]}]}",
+    );
+    let it = compile(&(service("None") + &rule));
+    let local = compile(&(service("10.0.0.1") + &rule));
+    for name in ["db", "db.default", "db.default.svc", "db.default.svc.cluster.local"] {
+        assert_eq!(it.route(&format!("http://{name}/")).as_deref(), Some("v"), "{name}");
+        assert_eq!(it.route(&format!("http://db-0.{name}/")).as_deref(), Some("v"), "{name}");
+        assert_eq!(it.route(&format!("http://db-0.{name}:80/")).as_deref(), Some("v"), "{name}");
+        assert_eq!(local.route(&format!("http://db-0.{name}/")).as_deref(), Some("allow_any"), "{name}");
+    }
+}
+
+#[test]
 fn vs_02_gateways() {
     let yaml = reviews(&[1])
         + &resource("Gateway", "edge", EDGE)
