@@ -14,4 +14,4 @@ pub use header::HeaderMatcher;
 pub(crate) use header::joined;
 pub use host::{DuplicateHost, HostMap};
 pub use query::QueryMatcher;
-pub use string::{InvalidPattern, StringMatcher};
+pub use string::{InvalidPattern, StringMatcher, compile_re2};

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use http::HeaderName;
 use mesh_core::diagnostics::Diagnostics;
 use mesh_core::istio::Resource;
 use mesh_core::istio::effective::host::is_covered_by;
 use mesh_core::istio::effective::scope::is_subset;
 use mesh_core::istio::types::gateway::Gateway;
 use mesh_core::istio::types::virtual_service::HttpRoute;
+use mesh_core::matcher::{HeaderMatcher, StringMatcher};
 
 use super::clusters::Clusters;
 use super::delegate;
@@ -83,11 +85,11 @@ pub(super) fn table<'m>(
             }
         }
         for (host, Host { mut routes, redirects }) in hosts {
-            if redirects {
-                routes = vec![to_https()];
-            }
             // Catch-alls of one virtual service must not hide the rules of the next (VS-07); the order is stable.
             routes.sort_by_key(|route| route.matcher().is_catch_all());
+            if redirects {
+                routes.insert(0, to_https());
+            }
             let virtual_host = Arc::new(VirtualHost::new(format!("{host}:{port}"), routes));
             // The hosts of one port are the keys of a map, so none stands twice.
             let _ = table.insert(Some(port), &host, virtual_host);
@@ -95,6 +97,9 @@ pub(super) fn table<'m>(
     }
     table
 }
+
+/// The scheme that the client spoke. What it holds is the edge's word: that of clients who are not trusted is replaced.
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
 /// What answers to a name at a port.
 #[derive(Default)]
@@ -163,7 +168,10 @@ fn is_exported(
         })
 }
 
+/// Redirects what did not come over TLS, be it here or, as a trusted proxy in front says, there.
 fn to_https() -> Arc<Route> {
     let action = RouteAction::new(ActionKind::Redirect(Redirect::to_https()));
-    Arc::new(Route::new("https_redirect", RouteMatch::default(), Arc::new(action)))
+    let proto = HeaderMatcher::value(FORWARDED_PROTO, StringMatcher::exact("https"));
+    let matcher = RouteMatch { headers: vec![proto.inverted()], ..RouteMatch::default() };
+    Arc::new(Route::new("https_redirect", matcher, Arc::new(action)))
 }

@@ -185,7 +185,7 @@ impl<'m> Rules<'_, 'm> {
             .map(|(at, resource)| {
                 let namespace = &resource.meta.namespace;
                 let hosts = resource.spec.hosts.iter().map(|host| mesh.resolve(host, namespace));
-                (at, resource, hosts.filter(|host| mesh.imports_some(namespace, host)).collect::<Vec<_>>())
+                (at, resource, hosts.filter(|host| mesh.imports_rule(namespace, host)).collect::<Vec<_>>())
             })
             .filter(|(_, _, hosts)| !hosts.is_empty())
             .collect()

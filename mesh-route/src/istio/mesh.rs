@@ -7,7 +7,7 @@ use std::sync::Arc;
 use mesh_core::config::{CompileContext, Role};
 use mesh_core::istio::effective::destination_rule::{DestinationRules, EffectivePolicy, MergedRule};
 use mesh_core::istio::effective::host::resolve;
-use mesh_core::istio::effective::sidecar::{allows, allows_some, sidecar_of};
+use mesh_core::istio::effective::sidecar::{allows, allows_rule, sidecar_of};
 use mesh_core::istio::effective::visibility::is_visible;
 use mesh_core::istio::types::mesh_config::MeshConfig;
 use mesh_core::istio::types::sidecar::{OutboundMode, Sidecar};
@@ -143,9 +143,9 @@ impl<'a> Mesh<'a> {
         self.sidecar.is_none_or(|sidecar| allows(sidecar, &self.cx.workload, host, namespace, port))
     }
 
-    /// Whether the workload's Sidecar imports a host of `namespace` at some port.
-    pub(super) fn imports_some(&self, namespace: &str, host: &str) -> bool {
-        self.sidecar.is_none_or(|sidecar| allows_some(sidecar, &self.cx.workload, host, namespace))
+    /// Whether the workload's Sidecar imports a rule for a host of `namespace`.
+    pub(super) fn imports_rule(&self, namespace: &str, host: &str) -> bool {
+        self.sidecar.is_none_or(|sidecar| allows_rule(sidecar, &self.cx.workload, host, namespace))
     }
 
     /// What happens to destinations that nobody knows (SC-02).

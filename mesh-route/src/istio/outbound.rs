@@ -152,7 +152,7 @@ fn owners<'m>(mesh: &'m Mesh<'m>, diags: &mut Diagnostics) -> Owners<'m> {
         let mut hosts = Vec::with_capacity(spec.hosts.len());
         for (at, host) in spec.hosts.iter().enumerate() {
             let host = mesh.resolve(host, namespace);
-            if !mesh.imports_some(namespace, &host) {
+            if !mesh.imports_rule(namespace, &host) {
                 continue;
             }
             match taken.get(&host) {

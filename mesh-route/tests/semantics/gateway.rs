@@ -158,6 +158,10 @@ async fn gw_04_https_redirect_and_tls() {
     ] {
         assert_eq!(it.redirect(url), format!("301 {location}"), "whether a rule is there or not");
     }
+    // What came over TLS to a proxy in front is where it should be.
+    let mut request = get("http://a.example.com/x");
+    request.headers_mut().insert("x-forwarded-proto", "https".parse().unwrap());
+    assert_eq!(it.route_of(&request).as_deref(), Some("v"));
 
     for protocol in ["HTTPS", "TLS"] {
         let bare = server(&format!("number: 443, name: a, protocol: {protocol}"), "hosts: ['*']");
