@@ -36,6 +36,7 @@ pub(super) fn table<'m>(
     let owners = owners(mesh, diags);
     let mut claimed: BTreeSet<&str> = BTreeSet::new();
     let mut ports: Vec<BTreeSet<u16>> = vec![BTreeSet::new(); owners.all.len()];
+    let mut entries = Vec::with_capacity(services.len());
     let gateways = [MESH.to_owned()];
     for service in &services {
         clusters.all_of(service);
@@ -63,7 +64,7 @@ pub(super) fn table<'m>(
             hosts.push((port.number, Arc::new(VirtualHost::new(name, routes))));
         }
         let instances = headless.contains(&*service.host);
-        add(mesh, &mut table, service, instances, &hosts);
+        entries.push((names(mesh, service, instances), hosts));
     }
     // Hosts of virtual services that no service has answer at the ports of the services that the same virtual service
     // is for, else at the port of plain HTTP.
@@ -80,8 +81,15 @@ pub(super) fn table<'m>(
                     hosts.push((port, Arc::new(VirtualHost::new(format!("{host}:{port}"), routes))));
                 }
             }
-            insert(&mut table, host, &domains(mesh, host), &hosts);
+            entries.push((domains(mesh, host), hosts));
         }
+    }
+    // A host in full is its own before it is another's short name, and of equals it is the first's.
+    for (names, hosts) in &entries {
+        insert(&mut table, names.split_at(1).0, hosts);
+    }
+    for (names, hosts) in &entries {
+        insert(&mut table, names.split_at(1).1, hosts);
     }
     let mode = mesh.outbound_mode();
     let unknown = clusters.unknown(mode);
@@ -192,15 +200,9 @@ fn default_route(
     Some(Arc::new(Route::new("default", RouteMatch::default(), Arc::new(action))))
 }
 
-/// Adds the virtual hosts of a service under its names and addresses, and under the names of its instances where they
-/// have some: those of a headless service are called `instance.service`.
-fn add(
-    mesh: &Mesh<'_>,
-    table: &mut RouteTable,
-    service: &Service,
-    instances: bool,
-    hosts: &[(u16, Arc<VirtualHost>)],
-) {
+/// The names and addresses of a service, its host first, and those of its instances where they have some: those of a
+/// headless service are called `instance.service`.
+fn names(mesh: &Mesh<'_>, service: &Service, instances: bool) -> Vec<String> {
     let mut names = domains(mesh, &service.host);
     if instances {
         names.extend(names.clone().iter().map(|name| format!("*.{name}")));
@@ -212,23 +214,21 @@ fn add(
             .filter(|address| !address.contains('/'))
             .map(|address| if address.contains(':') { format!("[{address}]") } else { address.to_string() }),
     );
-    insert(table, &service.host, &names, hosts);
+    names
 }
 
 /// Adds virtual hosts, each at its port, and for requests that name no port the one at 80, else the only one. Of
-/// several with none at 80 such requests get 404 `NR`.
-fn insert(table: &mut RouteTable, host: &str, names: &[String], hosts: &[(u16, Arc<VirtualHost>)]) {
+/// several with none at 80 such requests get 404 `NR`. A name that is there already stays as it is.
+fn insert(table: &mut RouteTable, names: &[String], hosts: &[(u16, Arc<VirtualHost>)]) {
     let without_port = match hosts {
         [] => return,
         [(_, only)] => Arc::clone(only),
         several => match several.iter().find(|(port, _)| *port == HTTP) {
             Some((_, host)) => Arc::clone(host),
-            None => Arc::new(VirtualHost::new(host, [])),
+            None => Arc::new(VirtualHost::new(names.first().map_or("", String::as_str), [])),
         },
     };
     for name in names {
-        // A name that two share belongs to the first, and services come first; the names themselves are unique but
-        // for aliases.
         let _ = table.insert(None, name, Arc::clone(&without_port));
         for (port, host) in hosts {
             let _ = table.insert(Some(*port), name, Arc::clone(host));
@@ -236,7 +236,7 @@ fn insert(table: &mut RouteTable, host: &str, names: &[String], hosts: &[(u16, A
     }
 }
 
-/// The names that a host answers to: for `n.ns.svc.DOMAIN` also `n.ns.svc` and `n.ns`, and for clients in `ns` `n`.
+/// The names that a host answers to, itself first: for `n.ns.svc.DOMAIN` also `n.ns.svc` and `n.ns`, and for clients in `ns` `n`.
 fn domains(mesh: &Mesh<'_>, host: &str) -> Vec<String> {
     let mut names = vec![host.to_owned()];
     let suffix = format!(".svc.{}", mesh.cx.cluster_domain);

@@ -80,6 +80,29 @@ fn vs_01_a_host_without_a_service_answers_at_the_ports_of_the_services_beside_it
 }
 
 #[test]
+fn vs_01_a_host_in_full_comes_before_a_short_name() {
+    // `reviews.default` is not the host of the service, which merely answers to it.
+    let rule = resource(
+        "VirtualService",
+        "v",
+        "{hosts: [reviews.default], http: [{name: v, route: [{destination: {host: reviews}}]}]}",
+    );
+    let it = compile(&(reviews(&[1]) + &rule));
+    assert_eq!(it.route("http://reviews.default/").as_deref(), Some("v"));
+    for other in ["reviews", "reviews.default.svc", "reviews.default.svc.cluster.local"] {
+        assert_eq!(it.route(&format!("http://{other}/")).as_deref(), Some("default"), "{other}");
+    }
+    let entry = resource(
+        "ServiceEntry",
+        "short",
+        "{hosts: [reviews.default], resolution: STATIC, ports: [{number: 80, name: http, protocol: HTTP}], endpoints: [{address: 127.0.0.1}]}",
+    );
+    let it = compile(&(reviews(&[1]) + &entry));
+    assert_eq!(it.clusters("http://reviews.default/"), ["outbound|80||reviews.default"]);
+    assert_eq!(it.clusters("http://reviews/"), ["outbound|80||reviews.default.svc.cluster.local"]);
+}
+
+#[test]
 fn vs_01_instances_of_a_headless_service_answer_to_their_own_names() {
     let service = |ip: &str| {
         format!(
