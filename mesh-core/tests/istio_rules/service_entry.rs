@@ -171,3 +171,33 @@ fn se_04_endpoints_by_resolution() {
         ],
     );
 }
+
+#[test]
+fn se_01_how_many() {
+    let list =
+        |count: usize, item: &dyn Fn(usize) -> String| (0..count).map(item).collect::<Vec<_>>().join(", ");
+    let host = |at: usize| format!("a{at}.b");
+    let address = |at: usize| format!("10.0.{}.{}", at / 256, at % 256);
+    let port = |at: usize| format!("{{number: {}, name: a{at}, protocol: HTTP}}", at + 1);
+    let endpoint = |at: usize| format!("{{address: 10.0.{}.{}}}", at / 256, at % 256);
+    for (field, most, item) in [
+        ("hosts", 256, &host as &dyn Fn(usize) -> String),
+        ("addresses", 256, &address),
+        ("ports", 256, &port),
+        ("endpoints", 4096, &endpoint),
+    ] {
+        for (count, verdict) in [(most, Fine), (most + 1, Refused(field))] {
+            let of = |name: &str, one: &str| {
+                if name == field { list(count, item) } else { one.to_owned() }
+            };
+            let spec = format!(
+                "{{hosts: [{}], addresses: [{}], ports: [{}], endpoints: [{}], resolution: STATIC}}",
+                of("hosts", "a.b"),
+                of("addresses", "10.1.0.1"),
+                of("ports", &port(0)),
+                of("endpoints", "{address: 10.1.0.2}")
+            );
+            entry("$", &[(&spec, verdict)]);
+        }
+    }
+}

@@ -89,3 +89,29 @@ fn wg_01_groups() {
         ],
     );
 }
+
+#[test]
+fn we_01_how_long_and_how_many() {
+    let text = |length: usize| "a".repeat(length);
+    let many = |count: usize, value: &str| {
+        let entries: Vec<_> = (0..count).map(|at| format!("a{at}: {value}")).collect();
+        format!("{{{}}}", entries.join(", "))
+    };
+    let dotted = |length: usize| format!("{}.{}.{}.{}", text(60), text(60), text(60), text(length - 183));
+    for (field, fits, exceeds) in [
+        ("network", text(2048), text(2049)),
+        ("locality", text(2048), text(2049)),
+        ("serviceAccount", text(253), text(254)),
+        ("ports", many(128, "80"), many(129, "80")),
+        ("labels", many(256, "b"), many(257, "b")),
+    ] {
+        let judge = |value: &str, verdict| {
+            let spec = format!("{{address: 1.2.3.4, {field}: {value}}}");
+            super::judge(NETWORKING, "WorkloadEntry", "$", &[(&spec, verdict)]);
+        };
+        judge(&fits, Fine);
+        judge(&exceeds, Refused(field));
+    }
+    let address = |length: usize| format!("{{address: {}}}", dotted(length));
+    judge(NETWORKING, "WorkloadEntry", "$", &[(&address(240), Fine), (&address(257), Refused("address"))]);
+}

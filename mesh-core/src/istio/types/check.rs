@@ -109,6 +109,13 @@ pub fn percent(value: i64) -> Checked {
     }
 }
 
+/// No more than `most` of something, as the schema of the resource says. Records at `field`.
+pub(crate) fn at_most(out: &mut Findings, field: &str, what: &str, count: usize, most: usize) {
+    if count > most {
+        out.error(field, format!("{count} {what} are too many (at most {most})"));
+    }
+}
+
 /// Whether `label` is a DNS label as Istio reads RFC 1123: letters of either case, digits and inner hyphens, at most
 /// 63 bytes.
 #[must_use]

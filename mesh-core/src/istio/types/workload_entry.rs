@@ -65,7 +65,7 @@ impl WorkloadEntry {
             }
         }
         self.validate_ports(out, service_ports);
-        check::labels(out, "labels", &self.labels);
+        self.validate_limits(out);
     }
 
     /// Judges an endpoint of a service that is resolved by DNS: an address or a name, never a socket.
@@ -74,13 +74,28 @@ impl WorkloadEntry {
             out.error("address", not_an_address(&self.address));
         }
         self.validate_ports(out, Some(service_ports));
-        check::labels(out, "labels", &self.labels);
+        self.validate_limits(out);
     }
 
     /// Judges the template of a group, in which the address is filled in later.
     pub(crate) fn validate_as_template(&self, out: &mut Findings) {
         self.validate_socket(out);
         self.validate_ports(out, None);
+        self.validate_limits(out);
+    }
+
+    /// The labels, and how long and how many the schema lets things be.
+    fn validate_limits(&self, out: &mut Findings) {
+        for (field, text, most) in [
+            ("address", &self.address, 256),
+            ("network", &self.network, 2048),
+            ("locality", &self.locality, 2048),
+            ("serviceAccount", &self.service_account, 253),
+        ] {
+            check::at_most(out, field, "characters", text.chars().count(), most);
+        }
+        check::at_most(out, "ports", "ports", self.ports.len(), 128);
+        check::at_most(out, "labels", "labels", self.labels.len(), 256);
         check::labels(out, "labels", &self.labels);
     }
 
