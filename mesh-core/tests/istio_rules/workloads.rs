@@ -105,13 +105,20 @@ fn we_01_how_long_and_how_many() {
         ("ports", many(128, "80"), many(129, "80")),
         ("labels", many(256, "b"), many(257, "b")),
     ] {
-        let judge = |value: &str, verdict| {
+        let entry = |value: &str, verdict| {
             let spec = format!("{{address: 1.2.3.4, {field}: {value}}}");
-            super::judge(NETWORKING, "WorkloadEntry", "$", &[(&spec, verdict)]);
+            judge(NETWORKING, "WorkloadEntry", "$", &[(&spec, verdict)]);
         };
-        judge(&fits, Fine);
-        judge(&exceeds, Refused(field));
+        entry(&fits, Fine);
+        entry(&exceeds, Refused(field));
     }
+    let selector = |length: usize| format!("{{selector: {{matchLabels: {{a: {}}}}}}}", text(length));
+    judge(
+        "security.istio.io/v1",
+        "PeerAuthentication",
+        "$",
+        &[(&selector(63), Fine), (&selector(64), Refused("selector.matchLabels.a"))],
+    );
     let address = |length: usize| format!("{{address: {}}}", dotted(length));
     judge(NETWORKING, "WorkloadEntry", "$", &[(&address(240), Fine), (&address(257), Refused("address"))]);
 }

@@ -429,6 +429,7 @@ pub fn selector_labels(out: &mut Findings, field: &str, labels: &BTreeMap<String
                     format!("wildcards are not supported in a workload selector: \"{key}={value}\""),
                 );
             }
+            at_most(out, &key_path(key), "characters", value.chars().count(), MAX_LABEL_LEN);
         }
     });
 }
