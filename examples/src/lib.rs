@@ -11,6 +11,7 @@ pub mod demo;
 mod explain;
 mod logging;
 mod run;
+mod simulate;
 
 pub use run::{gateway, sidecar};
 

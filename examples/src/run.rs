@@ -29,7 +29,7 @@ use crate::admin::{Admin, Port};
 use crate::cli::{Common, Gateway, Sidecar};
 use crate::compose::{self, Parts};
 use crate::control::{Control, Sources};
-use crate::{demo, logging};
+use crate::{demo, logging, simulate};
 
 /// How often the demo says what its applications have seen.
 const DEMO_REPORT: Duration = Duration::from_secs(2);
@@ -52,12 +52,18 @@ impl Failure {
 /// Runs the sidecar to its end.
 #[must_use]
 pub fn sidecar(args: Sidecar) -> ExitCode {
+    if let Some(scenario) = &args.common.simulate {
+        return finish(run_simulation(&args.common, Role::Sidecar, scenario));
+    }
     finish(on_runtime(run_sidecar(args)))
 }
 
 /// Runs the gateway to its end.
 #[must_use]
 pub fn gateway(args: Gateway) -> ExitCode {
+    if let Some(scenario) = &args.common.simulate {
+        return finish(run_simulation(&args.common, Role::Gateway, scenario));
+    }
     finish(on_runtime(run_gateway(args)))
 }
 
@@ -84,6 +90,13 @@ fn finish(result: Result<(), Failure>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn run_simulation(common: &Common, role: Role, scenario: &Path) -> Result<(), Failure> {
+    let (report, unmet) = simulate::run(common, role, scenario).map_err(Failure::Other)?;
+    // Whoever closed our standard output does not want the rest.
+    let _ = std::io::stdout().lock().write_all(report.as_bytes());
+    if unmet.is_empty() { Ok(()) } else { Err(Failure::Other(unmet)) }
 }
 
 async fn run_sidecar(args: Sidecar) -> Result<(), Failure> {

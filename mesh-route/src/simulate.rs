@@ -141,7 +141,8 @@ impl Simulation {
 
         let duration = scenario.duration.unwrap_or_default().to_std();
         let (alive, mut ended) = tokio::sync::mpsc::channel::<Infallible>(1);
-        let workers: Vec<_> = (0..scenario.workers.unwrap_or(1)).map(|nth| self.stack(nth, &control, &world)).collect();
+        let workers: Vec<_> =
+            (0..scenario.workers.unwrap_or(1)).map(|nth| self.stack(nth, &control, &world)).collect();
         for (index, load) in scenario.load.iter().enumerate() {
             let generator = Generator {
                 load: load.clone(),
@@ -201,7 +202,8 @@ impl Simulation {
         let dispatch = dispatch(Shard::connecting_by(seed("shard"), connector));
         let route = HeadersLayer::new().layer(dispatch);
         let route = FaultLayer::seeded(seed("fault")).layer(CorsLayer::new().layer(route));
-        let selected = SelectRouteLayer::new(control.routes.clone()).direction(control.direction).layer(route);
+        let selected =
+            SelectRouteLayer::new(control.routes.clone()).direction(control.direction).layer(route);
         let normalize = NormalizeLayer::new(control.edge.clone(), control.direction).seed(seed("request id"));
         LocalReplyLayer::new(control.direction).layer(normalize.layer(selected))
     }
@@ -317,7 +319,9 @@ impl Found {
             for (index, path) in paths.iter().enumerate() {
                 match (input.read)(path) {
                     Ok(read) => all.extend(read),
-                    Err(error) => about.error_at(scenario.doc, format!("{field}[{index}]"), error.to_string()),
+                    Err(error) => {
+                        about.error_at(scenario.doc, format!("{field}[{index}]"), error.to_string())
+                    }
                 }
             }
             all.push(input.scenario.clone());
@@ -388,7 +392,11 @@ fn warn(
 ) {
     for (index, script) in scenario.spec.endpoints.iter().enumerate() {
         if !places.iter().any(|(addr, place)| endpoint::selects(script, *addr, place)) {
-            about.warning_at(doc, format!("spec.endpoints[{index}]"), "selects no endpoint of the configuration");
+            about.warning_at(
+                doc,
+                format!("spec.endpoints[{index}]"),
+                "selects no endpoint of the configuration",
+            );
         }
     }
     for name in unknown {

@@ -149,9 +149,10 @@ pub(super) fn selects(script: &EndpointScript, addr: SocketAddr, place: &Place) 
         text.parse::<SocketAddr>().map_or_else(|_| text.parse() == Ok(addr.ip()), |listed| listed == addr)
     };
     let has_labels = |labels: &Vec<(String, String)>| {
-        script.labels.iter().all(|(key, value)| {
-            labels.iter().any(|(known, its)| known == key && its == value)
-        })
+        script
+            .labels
+            .iter()
+            .all(|(key, value)| labels.iter().any(|(known, its)| known == key && its == value))
     };
     (script.addresses.is_empty() || script.addresses.iter().any(is_listed))
         && (script.host.is_empty() || place.hosts.contains(&script.host))
@@ -355,7 +356,10 @@ fn grpc(response: &mut Response<Reply>, status: u32) {
 enum Reply {
     Whole(Option<Bytes>),
     /// Breaks off after some bytes, when those are on their way.
-    Broken { begun: bool, pause: Option<Pin<Box<tokio::time::Sleep>>> },
+    Broken {
+        begun: bool,
+        pause: Option<Pin<Box<tokio::time::Sleep>>>,
+    },
 }
 
 /// The exchange ends here.
@@ -483,10 +487,12 @@ mod tests {
         let place = Place {
             hosts: ["a.b".to_owned()].into(),
             subsets: ["v1".to_owned()].into(),
-            labels: [vec![("app".to_owned(), "a".to_owned()), ("version".to_owned(), "v1".to_owned())]].into(),
+            labels: [vec![("app".to_owned(), "a".to_owned()), ("version".to_owned(), "v1".to_owned())]]
+                .into(),
         };
         let ask = |script: EndpointScript| selects(&script, addr, &place);
-        let addresses = |text: &str| EndpointScript { addresses: vec![text.into()], ..EndpointScript::default() };
+        let addresses =
+            |text: &str| EndpointScript { addresses: vec![text.into()], ..EndpointScript::default() };
         assert!(ask(EndpointScript::default()));
         assert!(ask(addresses("10.0.0.1")) && ask(addresses("10.0.0.1:8080")));
         assert!(!ask(addresses("10.0.0.2")) && !ask(addresses("10.0.0.1:80")));

@@ -179,11 +179,17 @@ impl Interval {
         }
         took.sort_unstable();
         // The smallest that so many keep within.
-        let within = |percent: usize| took.get((took.len() * percent).div_ceil(100).saturating_sub(1)).copied();
+        let within =
+            |percent: usize| took.get((took.len() * percent).div_ceil(100).saturating_sub(1)).copied();
         if let (Some(p50), Some(p90), Some(p99)) = (within(50), within(90), within(99)) {
             interval.latency = Some([p50, p90, p99]);
         }
         interval
+    }
+
+    /// Whether nothing was made, tried or refused.
+    fn is_quiet(&self) -> bool {
+        self.requests + self.overflows + self.retry_overflows == 0 && self.tries_by_endpoint.is_empty()
     }
 
     /// Adds what was seen of the clusters.
@@ -199,7 +205,8 @@ impl Interval {
 
     fn to_json(&self) -> Value {
         let millis = |time: Duration| time.as_millis() as u64;
-        let [p50, p90, p99] = self.latency.map_or([None; 3], |latency| latency.map(|time| Some(millis(time))));
+        let [p50, p90, p99] =
+            self.latency.map_or([None; 3], |latency| latency.map(|time| Some(millis(time))));
         json!({
             "from_ms": millis(self.from),
             "to_ms": millis(self.to),
@@ -248,7 +255,11 @@ impl Report {
             interval.tries_by_endpoint = tries(&book, from, to);
             interval
         });
-        let intervals: Vec<_> = intervals.collect();
+        let mut intervals: Vec<_> = intervals.collect();
+        // Most requests that end after the last was made do so without anything that is worth a row.
+        while intervals.last().is_some_and(|last| last.from >= duration && last.is_quiet()) {
+            intervals.pop();
+        }
         let mut total = Interval::of(Duration::ZERO, end, book.requests.iter());
         total.observe(book.samples.iter());
         total.tries_by_endpoint = tries(&book, Duration::ZERO, Duration::MAX);
@@ -338,6 +349,8 @@ fn judge(scenario: &Scenario, index: usize, expectation: &Expectation, book: &Bo
     let seen = Interval::of(from, to, book.requests.iter().filter(is_meant));
     let ejections = book.events.iter().filter(|event| event.kind == EventKind::Ejected);
     let ejections = ejections.filter(|event| (from..to).contains(&event.at)).count();
+    let sampled = book.samples.iter().filter(|sample| from < sample.at && sample.at <= to);
+    let refused: u64 = sampled.map(|sample| sample.overflows + sample.retry_overflows).sum();
     let any = |count: u64| (seen.requests > 0).then_some(count as f64);
     let millis = |nth: usize| seen.latency.map(|latency| latency[nth].as_secs_f64() * 1000.0);
     let value = |field: &str| match field {
@@ -348,6 +361,7 @@ fn judge(scenario: &Scenario, index: usize, expectation: &Expectation, book: &Bo
         "p50" => millis(0),
         "p90" => millis(1),
         "p99" => millis(2),
+        "refused" => Some(refused as f64),
         _ => Some(ejections as f64),
     };
     let said = |field: &str, value: f64| match field {

@@ -88,9 +88,8 @@ impl Sampler {
             for cluster in table.clusters() {
                 let endpoints = cluster.endpoints();
                 ejected.extend(endpoints.iter().filter(|one| one.is_ejected()).map(|one| one.addr()));
-                let panics = |balancer: Arc<crate::Balancer>| {
-                    balancer.priorities().any(|(_, load, _)| load.panic)
-                };
+                let panics =
+                    |balancer: Arc<crate::Balancer>| balancer.priorities().any(|(_, load, _)| load.panic);
                 if cluster.balancer().is_some_and(panics) {
                     sample.panic.push(cluster.name().to_string());
                 }

@@ -5,7 +5,7 @@ use std::fmt::{self, Write as _};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::report::{EventKind, Interval, Report};
+use super::report::{Interval, Report};
 
 /// As wide as a line may be.
 const WIDTH: usize = 100;
@@ -16,7 +16,8 @@ const EVENTS: usize = 100;
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let workers = if self.workers == 1 { "1 worker".to_owned() } else { format!("{} workers", self.workers) };
+        let workers =
+            if self.workers == 1 { "1 worker".to_owned() } else { format!("{} workers", self.workers) };
         writeln!(f, "scenario {}, seed {}, {workers}, {}", self.scenario, self.seed, time(self.end))?;
         f.write_char('\n')?;
         self.requests(f)?;
@@ -30,14 +31,14 @@ impl Report {
     fn requests(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let canaries = !self.total.canaries.is_empty();
         let mut table = Table::default();
-        let mut head = vec!["from", "requests", "ok", "failed", "tries/req", "p50", "p90", "p99", "refused", "out"];
+        let mut head =
+            vec!["from", "requests", "ok", "failed", "tries/req", "p50", "p90", "p99", "refused", "out"];
         if canaries {
             head.push("canary");
         }
         table.row(head.iter().map(ToString::to_string), "why");
         let row = |first: String, interval: &Interval| {
-            let [p50, p90, p99] =
-                interval.latency.map_or_else(Default::default, |latency| latency.map(time));
+            let [p50, p90, p99] = interval.latency.map_or_else(Default::default, |latency| latency.map(time));
             let mut cells = vec![
                 first,
                 interval.requests.to_string(),
@@ -61,8 +62,14 @@ impl Report {
         }
         table.row(row("all".to_owned(), &self.total), &why(&self.total));
         table.print(f)?;
-        writeln!(f, "\nok: a whole answer that is no 5xx and no gRPC error. failed: with the flags or the status, and *")?;
-        writeln!(f, "unfinished. tries/req: tries per request. refused: by limits and budgets. out: ejected at the end")?;
+        writeln!(
+            f,
+            "\nok: a whole answer that is no 5xx and no gRPC error. failed: with the flags or the status, and *"
+        )?;
+        writeln!(
+            f,
+            "unfinished. tries/req: tries per request. refused: by limits and budgets. out: ejected at the end"
+        )?;
         writeln!(f, "of the row (! in panic: all are used).")
     }
 
@@ -103,18 +110,18 @@ impl Report {
         }
         writeln!(f, "\nevents")?;
         for event in self.events.iter().take(EVENTS) {
-            write!(f, "{:>9}  ", time(event.at))?;
+            let mut what = String::new();
             if let Some(endpoint) = event.endpoint {
-                write!(f, "{endpoint} ")?;
+                write!(what, "{endpoint} ")?;
             }
-            write!(f, "{}", event.what)?;
+            what.push_str(&event.what);
             if event.times > 1 {
-                write!(f, " ({} times)", event.times)?;
+                write!(what, " ({} times)", event.times)?;
             }
-            match &event.cluster {
-                Some(cluster) if event.kind != EventKind::Reloaded => writeln!(f, " [{cluster}]")?,
-                _ => f.write_char('\n')?,
+            if let Some(cluster) = &event.cluster {
+                write!(what, " [{cluster}]")?;
             }
+            item(f, &time(event.at), &what)?;
         }
         match self.events.len().saturating_sub(EVENTS) {
             0 => Ok(()),
@@ -130,14 +137,25 @@ impl Report {
         for checked in &self.expected {
             let verdict = if checked.met { "met" } else { "NOT MET" };
             let was = checked.was.as_deref().unwrap_or("nothing to judge");
-            write!(f, "{verdict:>9}  {}", checked.path)?;
-            if !checked.name.is_empty() {
-                write!(f, " ({})", checked.name)?;
-            }
-            writeln!(f, ": {}, was {was}", checked.condition)?;
+            let name = if checked.name.is_empty() { String::new() } else { format!(" ({})", checked.name) };
+            item(f, verdict, &format!("{}{name}: {}, was {was}", checked.path, checked.condition))?;
         }
         Ok(())
     }
+}
+
+/// A line of a list; what does not fit goes on below.
+fn item(f: &mut fmt::Formatter<'_>, first: &str, text: &str) -> fmt::Result {
+    const INDENT: usize = 11;
+    let mut line = format!("{first:>9} ");
+    for word in text.split(' ') {
+        if line.chars().count() + 1 + word.chars().count() > WIDTH && line.len() > INDENT {
+            writeln!(f, "{line}")?;
+            line = " ".repeat(INDENT - 1);
+        }
+        write!(line, " {word}")?;
+    }
+    writeln!(f, "{line}")
 }
 
 /// The failures of a row, the most frequent first.

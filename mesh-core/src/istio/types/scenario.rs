@@ -247,6 +247,8 @@ pub struct Expectation {
     pub p90: Option<String>,
     /// The latency that 99 % of the answers keep within.
     pub p99: Option<String>,
+    /// What circuit breakers and retry budgets refused, of whatever load, to a tenth of a second.
+    pub refused: Option<String>,
     /// How often outlier detection ejected an endpoint, at whatever load.
     pub ejections: Option<String>,
 }
@@ -354,6 +356,7 @@ impl Expectation {
             ("p50", &self.p50, Unit::Time),
             ("p90", &self.p90, Unit::Time),
             ("p99", &self.p99, Unit::Time),
+            ("refused", &self.refused, Unit::Number),
             ("ejections", &self.ejections, Unit::Number),
         ]
         .into_iter()
@@ -371,9 +374,9 @@ impl Validate for Scenario {
         }
         if let Some(interval) = self.interval
             && out.check("interval", check::duration(interval))
-            && self.duration.is_some_and(|duration| {
-                duration.as_nanos() / interval.as_nanos().max(1) > MAX_INTERVALS
-            })
+            && self
+                .duration
+                .is_some_and(|duration| duration.as_nanos() / interval.as_nanos().max(1) > MAX_INTERVALS)
         {
             out.error("interval", format!("the report would have more than {MAX_INTERVALS} rows"));
         }
@@ -546,7 +549,11 @@ impl Expectation {
 }
 
 fn final_status(status: u32) -> Checked {
-    if (200..=599).contains(&status) { Ok(()) } else { Err(format!("{status} is not the status of an answer")) }
+    if (200..=599).contains(&status) {
+        Ok(())
+    } else {
+        Err(format!("{status} is not the status of an answer"))
+    }
 }
 
 fn times(out: &mut Findings, from: Option<Duration>, to: Option<Duration>) {
@@ -565,8 +572,7 @@ fn times(out: &mut Findings, from: Option<Duration>, to: Option<Duration>) {
 fn latency(out: &mut Findings, latency: Option<Latency>) {
     let Some(latency) = latency else { return };
     out.within("latency", |out| {
-        let forms =
-            [latency.fixed.is_some(), latency.uniform.is_some(), latency.exponential.is_some()];
+        let forms = [latency.fixed.is_some(), latency.uniform.is_some(), latency.exponential.is_some()];
         if forms.into_iter().filter(|said| *said).count() != 1 {
             out.error("", "exactly one of fixed, uniform and exponential is wanted");
         }
