@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use mesh_core::RequestContext;
+
 use super::report::Event;
 
 #[derive(Debug, Default)]
@@ -21,18 +23,23 @@ pub(super) struct Book {
 }
 
 /// One request.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Exchange {
     pub(super) load: usize,
     pub(super) at: Duration,
-    pub(super) tries: u32,
-    /// `None` until it has ended.
-    pub(super) end: Option<End>,
+    pub(super) state: State,
+}
+
+#[derive(Debug)]
+pub(super) enum State {
+    UnderWay(RequestContext),
+    Ended(End),
 }
 
 #[derive(Clone, Debug)]
 pub(super) struct End {
     pub(super) took: Duration,
+    pub(super) tries: u32,
     /// Why it failed: Envoy's flags, else the status.
     pub(super) failure: Option<String>,
 }
@@ -50,18 +57,32 @@ pub(super) struct Sample {
     pub(super) canaries: BTreeMap<String, u8>,
 }
 
+impl Exchange {
+    /// How often it was tried so far.
+    pub(super) fn tries(&self) -> u32 {
+        match &self.state {
+            State::UnderWay(context) => context.attempts(),
+            State::Ended(end) => end.tries,
+        }
+    }
+}
+
 impl Ledger {
     /// A request begins; its number.
-    pub(super) fn begin(&self, load: usize, at: Duration) -> usize {
+    pub(super) fn begin(&self, load: usize, at: Duration, context: RequestContext) -> usize {
         let requests = &mut self.lock().requests;
-        requests.push(Exchange { load, at, ..Exchange::default() });
+        requests.push(Exchange { load, at, state: State::UnderWay(context) });
         requests.len() - 1
     }
 
-    pub(super) fn end(&self, request: usize, tries: u32, end: Option<End>) {
-        if let Some(exchange) = self.lock().requests.get_mut(request) {
-            (exchange.tries, exchange.end) = (tries, end);
-        }
+    pub(super) fn end(&self, request: usize, end: End) {
+        let before = self
+            .lock()
+            .requests
+            .get_mut(request)
+            .map(|exchange| std::mem::replace(&mut exchange.state, State::Ended(end)));
+        // What it held goes outside the lock.
+        drop(before);
     }
 
     pub(super) fn tried(&self, addr: SocketAddr, at: Duration) {

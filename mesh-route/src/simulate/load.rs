@@ -88,7 +88,7 @@ where
             let Some(request) = self.request(user, &context) else { return };
             let Some(stack) = self.workers.get(made % self.workers.len().max(1)) else { return };
             made += 1;
-            let number = self.world.ledger.begin(self.index, self.world.elapsed());
+            let number = self.world.ledger.begin(self.index, self.world.elapsed(), context.clone());
             let (world, alive) = (Arc::clone(&self.world), self.alive.clone());
             tokio::spawn(exchange(stack.clone(), request, context, world, number, alive));
         }
@@ -144,7 +144,6 @@ async fn exchange<S>(
 ) where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
 {
-    let mut exchange = Abandoned { world: &world, context: &context, number, end: None };
     let began = world.elapsed();
     let Ok(()) = std::future::poll_fn(|cx| stack.poll_ready(cx)).await;
     let Ok(response) = stack.call(request).await;
@@ -171,27 +170,13 @@ async fn exchange<S>(
         _ if flags.is_empty() => Some(parts.status.as_str().to_owned()),
         _ => Some(flags.join(",")),
     };
-    exchange.end = Some(End { took: world.elapsed().saturating_sub(began), failure });
-    drop(exchange);
+    let took = world.elapsed().saturating_sub(began);
+    world.ledger.end(number, End { took, tries: context.attempts(), failure });
     drop(alive);
 }
 
 fn grpc_status(headers: &HeaderMap) -> Option<u32> {
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()
-}
-
-/// Writes down what came of a request, even when the run ends before it.
-struct Abandoned<'a> {
-    world: &'a World,
-    context: &'a RequestContext,
-    number: usize,
-    end: Option<End>,
-}
-
-impl Drop for Abandoned<'_> {
-    fn drop(&mut self) {
-        self.world.ledger.end(self.number, self.context.attempts(), self.end.take());
-    }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use mesh_core::istio::Resource;
 use mesh_core::istio::types::scenario::{Condition, Expectation, Scenario};
 use serde_json::{Value, json};
 
-use super::ledger::{Book, Exchange, Ledger, Sample};
+use super::ledger::{Book, Exchange, Ledger, Sample, State};
 
 /// What a simulation came to. Prints as a table; [`Report::to_json`] has everything.
 #[derive(Clone, Debug, PartialEq)]
@@ -164,11 +164,11 @@ impl Interval {
         let mut took = Vec::new();
         for request in requests {
             interval.requests += 1;
-            interval.tries += u64::from(request.tries);
-            interval.retries += u64::from(request.tries.saturating_sub(1));
-            match &request.end {
-                None => interval.unfinished += 1,
-                Some(end) => {
+            interval.tries += u64::from(request.tries());
+            interval.retries += u64::from(request.tries().saturating_sub(1));
+            match &request.state {
+                State::UnderWay(_) => interval.unfinished += 1,
+                State::Ended(end) => {
                     took.push(end.took);
                     match &end.failure {
                         None => interval.succeeded += 1,

@@ -169,12 +169,12 @@ fn why(interval: &Interval) -> String {
     causes.join(" ")
 }
 
-/// A time in the shortest form that is exact to the millisecond.
+/// A time, exact to the millisecond.
 fn time(time: Duration) -> String {
     let millis = time.as_millis();
     if millis >= 1000 && millis.is_multiple_of(1000) {
         format!("{}s", millis / 1000)
-    } else if millis >= 10_000 {
+    } else if millis >= 1000 {
         format!("{}.{:03}s", millis / 1000, millis % 1000)
     } else {
         format!("{millis}ms")
