@@ -370,6 +370,12 @@ mod tests {
         compiler.apply(&sender, Diagnostics::default());
         drop(pinned);
         assert_ne!(freed.recv().unwrap(), std::thread::current().id());
+        let mut compiler = Compiler::<Told>::new(CompileContext::new(Role::Sidecar));
+        compiler.register::<Heavy>();
+        compiler.snapshots().free_in_place();
+        compiler.apply(&sender, Diagnostics::default());
+        compiler.apply(&sender, Diagnostics::default());
+        assert_eq!(freed.recv().unwrap(), std::thread::current().id(), "unless it is told so");
     }
 
     #[test]
