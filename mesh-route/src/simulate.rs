@@ -48,6 +48,7 @@ use self::endpoint::{Connector, Names, Places, Resolver, World};
 use self::ledger::Ledger;
 use self::load::Generator;
 use self::sampler::Sampler;
+use crate::canary::Canaries;
 use crate::discover::Discoverer;
 use crate::runtime::Clusters;
 use crate::shard::Shard;
@@ -133,7 +134,7 @@ impl Simulation {
         let ledger = Arc::new(Ledger::default());
         let world = World::new(scenario, &self.places, Arc::clone(&ledger));
         let mut control = Control::new(self, &world);
-        let sampler = Sampler::new(control.clusters.clone(), control.routes.clone(), Arc::clone(&world));
+        let sampler = control.sampler(&world);
         let mut generations = self.generations.iter();
         generations.by_ref().take(1).for_each(|first| control.apply(first, &sampler));
         // Names that resolve at once are known before the first request, as in a proxy that waits until it is ready.
@@ -222,6 +223,7 @@ impl fmt::Debug for Simulation {
 struct Control {
     compiler: Compiler<ResourceSet>,
     clusters: Clusters,
+    canaries: Canaries,
     routes: Slot<RouteTable>,
     edge: Slot<EdgeSettings>,
     direction: Direction,
@@ -236,14 +238,23 @@ impl Control {
         compiler.snapshots().free_in_place();
         let routes = compiler.register::<RouteTable>();
         let edge = compiler.register::<EdgeSettings>();
-        let (registry, table) = (clusters.clone(), routes.clone());
+        let canaries = Canaries::new();
+        let (registry, rollouts, table) = (clusters.clone(), canaries.clone(), routes.clone());
         compiler.before_publish(move |snapshot| {
             if let Some(table) = snapshot.get(&table) {
                 registry.reconcile(table.clusters());
                 discoverer.follow(table.clusters());
+                rollouts.reconcile(table);
             }
         });
-        Self { compiler, clusters, routes, edge, direction: simulation.context.role.direction() }
+        tokio::spawn(canaries.clone().run());
+        let direction = simulation.context.role.direction();
+        Self { compiler, clusters, canaries, routes, edge, direction }
+    }
+
+    fn sampler(&self, world: &Arc<World>) -> Sampler {
+        let (clusters, canaries) = (self.clusters.clone(), self.canaries.clone());
+        Sampler::new(clusters, canaries, self.routes.clone(), Arc::clone(world))
     }
 
     fn snapshots(&self) -> &Snapshots {

@@ -351,6 +351,40 @@ fn a_reload_moves_the_load() {
     assert_eq!(reloaded, [(5, "configuration 2 in force: v2.yaml")]);
 }
 
+/// A canary of `reviews` whose answers fail with this probability.
+fn canary(percent: u8) -> Report {
+    let spec = format!(
+        "  duration: 200s\n  interval: 20s\n  workers: 2\n  load: [{{rate: 100, host: reviews}}]\n  endpoints:\n  \
+         - {{latency: {{uniform: {{min: 5ms, max: 15ms}}}}}}\n  \
+         - {{labels: {{version: v2}}, script: [{{answers: [{{percent: {percent}, status: 500}}]}}]}}"
+    );
+    let both = rule("retries: {attempts: 0}")
+        .replace(
+            "[{destination: {host: reviews}}]",
+            "[{destination: {host: reviews, subset: v1}, weight: 100}, {destination: {host: reviews, subset: v2}, weight: 0}]",
+        )
+        .replace("{name: reviews}", "{name: reviews, annotations: {mesh.rs/canary: 'canary=v2; interval=5s; min-duration=20s'}}");
+    run(&[&scenario(&spec), &service(2), &both, SUBSETS])
+}
+
+#[test]
+fn vs_r05_a_canary_is_rolled_out_or_back_by_what_its_endpoints_do() {
+    let shares = |report: &Report| {
+        report.intervals.iter().map(|row| row.canaries["default/reviews"]).collect::<Vec<_>>()
+    };
+    let good = canary(0);
+    assert_eq!(good.total.canaries["default/reviews"], 100, "{good}");
+    assert!(shares(&good).is_sorted() && shares(&good)[0] < 50, "{good}");
+    assert_eq!(tries(good.intervals.last().unwrap(), 1), 0, "nothing goes to the old version any more");
+    let bad = canary(20);
+    assert_eq!(bad.total.canaries["default/reviews"], 0, "{bad}");
+    assert!(bad.total.failures() < 60, "{bad}");
+    assert_eq!(tries(bad.intervals.last().unwrap(), 2), 0);
+    let decided: Vec<_> = bad.events.iter().filter(|event| event.kind == EventKind::Canary).collect();
+    assert!(decided.last().unwrap().what.starts_with("canary default/reviews: "), "{bad}");
+    assert_eq!(canary(20), bad, "the same again");
+}
+
 #[test]
 fn dr_lb03_users_keep_their_endpoint() {
     let by_header = policy("{loadBalancer: {consistentHash: {httpHeaderName: x-user}}}");

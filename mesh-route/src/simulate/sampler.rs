@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_core::{Slot, Snapshot};
 
 use super::endpoint::World;
 use super::ledger::{Book, Sample};
 use super::report::{Event, EventKind};
+use crate::canary::Canaries;
 use crate::outlier;
 use crate::runtime::{ClusterRuntime, Clusters};
 use crate::table::RouteTable;
@@ -20,6 +21,7 @@ const STEP: Duration = Duration::from_millis(100);
 
 pub(super) struct Sampler {
     clusters: Clusters,
+    canaries: Canaries,
     routes: Slot<RouteTable>,
     world: Arc<World>,
     state: Mutex<State>,
@@ -30,6 +32,8 @@ struct State {
     snapshot: Option<Arc<Snapshot>>,
     /// What was counted of each cluster when it was looked at last.
     known: BTreeMap<u64, Counted>,
+    /// When the last decision on each canary was made that is written down.
+    decided: BTreeMap<Arc<str>, Instant>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -40,8 +44,13 @@ struct Counted {
 }
 
 impl Sampler {
-    pub(super) fn new(clusters: Clusters, routes: Slot<RouteTable>, world: Arc<World>) -> Self {
-        Self { clusters, routes, world, state: Mutex::default() }
+    pub(super) fn new(
+        clusters: Clusters,
+        canaries: Canaries,
+        routes: Slot<RouteTable>,
+        world: Arc<World>,
+    ) -> Self {
+        Self { clusters, canaries, routes, world, state: Mutex::default() }
     }
 
     /// Looks at the clusters of this generation from now on. The one before is let go.
@@ -95,6 +104,22 @@ impl Sampler {
                 }
             }
             sample.ejected = ejected.into_iter().collect();
+        }
+        for canary in self.canaries.status() {
+            let name = &canary.spec.name;
+            let last = state.decided.get(name).copied();
+            for event in canary.events.iter().filter(|event| last.is_none_or(|last| event.at > last)) {
+                state.decided.insert(Arc::clone(name), event.at);
+                book.events.push(Event {
+                    at: event.at.saturating_duration_since(self.world.origin.into_std()),
+                    kind: EventKind::Canary,
+                    cluster: None,
+                    endpoint: None,
+                    what: format!("canary {name}: {event}"),
+                    times: 1,
+                });
+            }
+            sample.canaries.insert(name.to_string(), canary.share);
         }
         book.samples.push(sample);
     }
