@@ -331,7 +331,7 @@ impl Found {
                 match (input.read)(path) {
                     Ok(read) => all.extend(read),
                     Err(error) => {
-                        about.error_at(scenario.doc, format!("{field}[{index}]"), error.to_string())
+                        about.error_at(scenario.doc, format!("{field}[{index}]"), error.to_string());
                     }
                 }
             }

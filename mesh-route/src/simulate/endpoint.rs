@@ -443,11 +443,11 @@ mod tests {
 
     #[test]
     fn the_last_window_wins_and_none_is_health() {
-        let mut script = Script::default();
-        script.windows.push(window(10, 50, ConnectionFate::Hang));
-        script.windows.push(window(20, 30, ConnectionFate::Refuse));
-        let fates = [0, 9, 10, 20, 29, 30, 50].map(|at| script.connect(seconds(at)));
         use ConnectionFate::{Accept, Hang, Refuse};
+        let mut script = Script::default();
+        script.windows.push(window(10, 50, Hang));
+        script.windows.push(window(20, 30, Refuse));
+        let fates = [0, 9, 10, 20, 29, 30, 50].map(|at| script.connect(seconds(at)));
         assert_eq!(fates, [Accept, Accept, Hang, Refuse, Refuse, Hang, Accept]);
         assert_eq!(script.breaks_off(seconds(0)), Some(seconds(20)));
         assert_eq!(script.breaks_off(seconds(20)), None);
