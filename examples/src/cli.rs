@@ -95,7 +95,7 @@ pub struct Common {
 
     /// Run a scenario against the configuration in virtual time, print what came of it, exit 1 when an expectation of
     /// it is not met
-    #[arg(long, value_name = "SCENARIO.yaml")]
+    #[arg(long, value_name = "SCENARIO.yaml", conflicts_with = "check")]
     pub simulate: Option<PathBuf>,
 
     /// How --simulate prints: text, or json with everything

@@ -517,7 +517,7 @@ fn a_bad_scenario_says_where() {
   colour: red
   load:
   - {rate: 0, host: '', path: x, method: 'a b', headers: {'a b': c}, from: 2s, to: 1s, port: 0, users: 0}
-  - {name: a, rate: 1e9, host: reviews, to: 1h}
+  - {name: a, rate: 1, host: reviews, to: 1h}
   - {name: a, rate: 1, host: 'a b'}
   endpoints:
   - addresses: [10.0.0.256]
@@ -548,11 +548,14 @@ fn a_bad_scenario_says_where() {
     ) + &service(1).replace("STATIC", "DNS").replace("10.0.0.1,", "pods.example,");
     let bad_config =
         scenario("  duration: 5s\n  load: [{rate: 1, host: reviews}]") + &rule("retries: {attempts: -1}");
+    let many =
+        scenario("  duration: 100s\n  interval: 1ms\n  load: [{rate: 2e4, host: a}, {rate: 1, host: b}]");
     let mut said = String::new();
     let none = service(1);
     for (what, text) in [
         ("values", &everything),
         ("types", &types),
+        ("too many", &many),
         ("files", &files),
         ("two scenarios", &twice),
         ("no scenario", &none),

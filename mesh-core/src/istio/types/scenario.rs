@@ -13,8 +13,8 @@ use super::check::{self, Checked};
 use super::common::Duration;
 use crate::istio::findings::{Findings, Validate};
 
-/// The most requests that a scenario may make.
-const MAX_REQUESTS: f64 = 10_000_000.0;
+/// The most requests that a scenario may make; each is kept until the report is made.
+const MAX_REQUESTS: f64 = 2_000_000.0;
 
 /// The most rows that a report may have.
 const MAX_INTERVALS: i128 = 10_000;
@@ -400,7 +400,8 @@ impl Validate for Scenario {
         }
         let seconds = |time: Duration| time.as_nanos() as f64 / 1e9;
         let made = |load: &Load| {
-            let to = load.to.or(self.duration).unwrap_or_default();
+            let end = self.duration.unwrap_or_default();
+            let to = load.to.map_or(end, |to| to.min(end));
             load.rate * (seconds(to) - seconds(load.from.unwrap_or_default())).max(0.0)
         };
         if self.load.iter().map(made).sum::<f64>() > MAX_REQUESTS {
