@@ -18,7 +18,7 @@
 //! **What it costs a proxy** that is built with it: a look at a flag for each reading of the time, which is not to be
 //! measured beside the reading, and two or three locks that nobody else takes for each time that a worker goes to sleep.
 //!
-//! A [`Simulation`] is loaded from a [`Scenario`](mesh_core::istio::types::scenario::Scenario) and the configuration that
+//! A [`Simulation`] is loaded from a [`Scenario`] and the configuration that
 //! it names, with every error at its place in the file, and run to a [`Report`].
 //!
 //! ```
