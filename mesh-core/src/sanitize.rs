@@ -264,7 +264,8 @@ fn is_authority(text: &[u8]) -> Result<(), Refused> {
     let sound = !text.contains(&b'@')
         && Authority::try_from(text).is_ok_and(|authority| {
             let port = authority.as_str().strip_prefix(authority.host());
-            let digits = |port: &str| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+            let digits =
+                |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok();
             !authority.host().is_empty()
                 && port.is_some_and(|port| port.is_empty() || port.strip_prefix(':').is_some_and(digits))
         });
@@ -317,10 +318,10 @@ mod tests {
     fn e1_one_host_or_none() {
         assert_eq!(refusal(h1("/", &[])), (400, "missing_host_header"));
         assert_eq!(refusal(h1("/", &[("host", "a"), ("host", "a")])), (400, "duplicate_host_header"));
-        for host in ["a@b", "a/b", "a b", "", ":80", "a:", "[::1", "a:b"] {
+        for host in ["a@b", "a/b", "a b", "", ":80", "a:", "[::1", "a:b", "a:65536", "[::1]:99999"] {
             assert_eq!(refusal(h1("/", &[("host", host)])), (400, "invalid_host"), "{host:?}");
         }
-        for host in ["a", "a:80", "[::1]:80", "10.0.0.1", "xn--a.example"] {
+        for host in ["a", "a:80", "a:65535", "[::1]:80", "10.0.0.1", "xn--a.example"] {
             assert_eq!(h1("/", &[("host", host)]).unwrap().headers[HOST], host);
         }
         assert!(sanitized(Version::HTTP_10, "GET", "/", &[], Underscores::Keep).is_ok());
