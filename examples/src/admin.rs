@@ -5,7 +5,7 @@
 
 use std::convert::Infallible;
 use std::fmt::Write as _;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Instant, SystemTime};
 
 use http::header::{ALLOW, CONTENT_TYPE};
@@ -15,7 +15,7 @@ use mesh_core::server::{HttpStack, Phase, Server};
 use mesh_core::{Body, Direction, EdgeSettings, Slot, Snapshots};
 use mesh_route::canary::Canaries;
 use mesh_route::{RouteTable, TcpRouteTable, dump};
-use mesh_telemetry::access_log::AccessLogSink;
+use mesh_telemetry::access_log::DroppedLines;
 use serde_json::{Value, json};
 
 use crate::control::Status;
@@ -34,20 +34,20 @@ pub struct Admin {
     pub routes: Slot<RouteTable>,
     /// The routes of what is not HTTP.
     pub tcp_routes: Slot<TcpRouteTable>,
-    /// The routes to the applications, by inbound listener.
-    pub inbound: Vec<Slot<RouteTable>>,
+    /// The routes to the applications, with the port of each.
+    pub inbound: Vec<(u16, Slot<RouteTable>)>,
     /// How requests are normalised.
     pub edge: Slot<EdgeSettings>,
-    /// The listeners.
-    pub server: Arc<Server>,
+    /// The listeners. Weakly, as admin connections outlive them: a drain ends with the server, not with whoever watches.
+    pub server: Weak<Server>,
     /// The side of the workload that virtual services route.
     pub direction: Direction,
     /// Whom the configuration is compiled for, as the command line says it.
     pub node: Value,
     /// The rollouts of canaries.
     pub canaries: Canaries,
-    /// Where the access log goes, if it is on.
-    pub access_log: Option<AccessLogSink>,
+    /// What the access log dropped, if it is on.
+    pub access_log: Option<DroppedLines>,
     /// When the process began.
     pub started: Instant,
 }
@@ -103,17 +103,22 @@ impl Admin {
             Port::Status => stats || health,
             Port::Health => health,
         };
+        if !served {
+            return not_found(port);
+        }
+        let Some(server) = self.server.upgrade() else {
+            return text(StatusCode::SERVICE_UNAVAILABLE, "the process ends\n".to_owned());
+        };
         match path {
-            _ if !served => not_found(port),
             "/" => text(StatusCode::OK, index()),
-            "/ready" | "/healthz/ready" => self.ready(),
+            "/ready" | "/healthz/ready" => self.ready(&server),
             "/config_dump" => json(StatusCode::OK, &self.config_dump()),
             "/clusters" => json(StatusCode::OK, &self.clusters()),
             "/canary" => json(StatusCode::OK, &dump::canaries(&self.canaries)),
-            "/listeners" => json(StatusCode::OK, &self.listeners()),
-            "/server_info" => json(StatusCode::OK, &self.server_info()),
+            "/listeners" => json(StatusCode::OK, &listeners(&server)),
+            "/server_info" => json(StatusCode::OK, &self.server_info(&server)),
             "/explain" => self.explain(request.uri().query().unwrap_or("")),
-            "/stats/prometheus" => text(StatusCode::OK, self.prometheus()),
+            "/stats/prometheus" => text(StatusCode::OK, self.prometheus(&server)),
             _ => not_found(port),
         }
     }
@@ -121,7 +126,7 @@ impl Admin {
     fn tables(&self) -> Vec<Arc<RouteTable>> {
         let snapshot = self.snapshots.load();
         std::iter::once(&self.routes)
-            .chain(&self.inbound)
+            .chain(self.inbound.iter().map(|(_, slot)| slot))
             .filter_map(|slot| snapshot.get_shared(slot))
             .collect()
     }
@@ -137,9 +142,9 @@ impl Admin {
         )
     }
 
-    fn ready(&self) -> Response<Body> {
+    fn ready(&self, server: &Server) -> Response<Body> {
         let loaded = self.status.read();
-        let phase = self.server.drain().phase();
+        let phase = server.drain().phase();
         let security: Vec<_> = loaded
             .not_enforced
             .iter()
@@ -177,35 +182,11 @@ impl Admin {
         })
     }
 
-    fn listeners(&self) -> Value {
-        let listeners: Vec<_> = self
-            .server
-            .status()
-            .into_iter()
-            .map(|listener| {
-                json!({
-                    "name": &*listener.name,
-                    "address": listener.address.to_string(),
-                    "direction": listener.direction.as_str(),
-                    "protocol": listener.protocol.as_str(),
-                    "phase": format!("{:?}", listener.phase).to_ascii_lowercase(),
-                    "open": listener.open,
-                    "accepted": listener.accepted,
-                    "refused": listener.refused,
-                    "loops": listener.loops,
-                    "passed_on": listener.passed_on,
-                    "accept_errors": listener.accept_errors,
-                })
-            })
-            .collect();
-        json!({ "listeners": listeners })
-    }
-
-    fn server_info(&self) -> Value {
+    fn server_info(&self, server: &Server) -> Value {
         json!({
             "binary": self.binary,
             "version": env!("CARGO_PKG_VERSION"),
-            "state": format!("{:?}", self.server.drain().phase()).to_ascii_lowercase(),
+            "state": format!("{:?}", server.drain().phase()).to_ascii_lowercase(),
             "uptime_seconds": mesh_core::clock::now().saturating_duration_since(self.started).as_secs(),
             "node": self.node,
         })
@@ -222,11 +203,12 @@ impl Admin {
         };
         let snapshot = self.snapshots.load();
         let slot = match direction {
-            Direction::Inbound => self.inbound.first(),
+            Direction::Inbound => self.inbound_of(question.port),
             _ => Some(&self.routes),
         };
         let Some(table) = slot.and_then(|slot| snapshot.get(slot)) else {
-            let reason = format!("this process has no {} listener", direction.as_str());
+            let port = question.port.map_or_else(String::new, |port| format!(" for port {port}"));
+            let reason = format!("this process has no {} listener{port}", direction.as_str());
             return json(StatusCode::NOT_FOUND, &json!({ "error": reason }));
         };
         let edge = snapshot.get(&self.edge).copied().unwrap_or_default();
@@ -234,7 +216,16 @@ impl Admin {
         json(StatusCode::OK, &question.answer(table, direction, edge, seed))
     }
 
-    fn prometheus(&self) -> String {
+    /// The routes to the application at this port, or to the first one.
+    fn inbound_of(&self, port: Option<u16>) -> Option<&Slot<RouteTable>> {
+        let found = match port {
+            None => self.inbound.first(),
+            Some(port) => self.inbound.iter().find(|(app, _)| *app == port),
+        };
+        found.map(|(_, slot)| slot)
+    }
+
+    fn prometheus(&self, server: &Server) -> String {
         let loaded = self.status.read();
         let mut out = String::new();
         let mut metric = |name: &str, kind: &str, help: &str, value: u64| {
@@ -254,14 +245,14 @@ impl Admin {
             "Configurations that were rejected.",
             loaded.rejected,
         );
-        metric("mesh_request_panics_total", "counter", "Panics of requests.", self.server.panics().count());
-        let dropped = self.access_log.as_ref().map_or(0, AccessLogSink::dropped);
+        metric("mesh_request_panics_total", "counter", "Panics of requests.", server.panics().count());
+        let dropped = self.access_log.as_ref().map_or(0, DroppedLines::count);
         metric("mesh_access_log_dropped_total", "counter", "Access log lines that were dropped.", dropped);
         let _ = writeln!(
             out,
             "# HELP mesh_listener_connections Open connections.\n# TYPE mesh_listener_connections gauge"
         );
-        for listener in self.server.status() {
+        for listener in server.status() {
             let _ = writeln!(
                 out,
                 "mesh_listener_connections{{listener=\"{}\"}} {}",
@@ -309,6 +300,29 @@ impl Admin {
             }
         }
     }
+}
+
+fn listeners(server: &Server) -> Value {
+    let listeners: Vec<_> = server
+        .status()
+        .into_iter()
+        .map(|listener| {
+            json!({
+                "name": &*listener.name,
+                "address": listener.address.to_string(),
+                "direction": listener.direction.as_str(),
+                "protocol": listener.protocol.as_str(),
+                "phase": format!("{:?}", listener.phase).to_ascii_lowercase(),
+                "open": listener.open,
+                "accepted": listener.accepted,
+                "refused": listener.refused,
+                "loops": listener.loops,
+                "passed_on": listener.passed_on,
+                "accept_errors": listener.accept_errors,
+            })
+        })
+        .collect();
+    json!({ "listeners": listeners })
 }
 
 /// Whether a finding is of a field that security rests on.

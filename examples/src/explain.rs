@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 pub(crate) struct Question {
     pub(crate) direction: Option<Direction>,
     request: Request<()>,
-    port: Option<u16>,
+    pub(crate) port: Option<u16>,
     source_ip: Option<IpAddr>,
 }
 
@@ -34,7 +34,11 @@ impl Question {
         let mut headers = Vec::new();
         let mut port = None;
         let mut source_ip = None;
+        let mut given = Vec::new();
         for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+            if name != "header" && given.contains(&name) {
+                return Err(format!("{name}: is given more than once; only header may be"));
+            }
             match &*name {
                 "direction" => {
                     direction = Some(match &*value {
@@ -72,6 +76,7 @@ impl Question {
                     return Err(format!("{other}: unknown parameter; known are {}", KNOWN.join(", ")));
                 }
             }
+            given.push(name);
         }
         let url = url.ok_or("url: is missing; for example url=http://reviews/")?;
         let mut request = Request::new(());
@@ -151,6 +156,7 @@ mod tests {
         assert!(Question::parse("method=GET").unwrap_err().starts_with("url: is missing"));
         assert!(Question::parse("url=http://a/&port=x").unwrap_err().starts_with("port:"));
         assert!(Question::parse("url=http://a/&header=x").unwrap_err().starts_with("header:"));
+        assert!(Question::parse("url=http://a/&url=http://b/").unwrap_err().starts_with("url: is given"));
         let whole = "url=http://a/b%3Fc&direction=inbound&method=POST&header=X-A:1&header=X-A:2&port=80&source_ip=10.0.0.1&principal=p&namespace=n&jwt=j";
         assert!(Question::parse(whole).is_ok());
     }

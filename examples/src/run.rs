@@ -201,7 +201,8 @@ struct Proxy {
     sink: Option<AccessLogSink>,
     log_writer: Option<std::thread::JoinHandle<()>>,
     server: Option<Arc<Server>>,
-    inbound: Vec<Slot<RouteTable>>,
+    /// The routes to the applications, with the port of each.
+    inbound: Vec<(u16, Slot<RouteTable>)>,
     /// The clusters to the applications, which no snapshot holds.
     apps: Vec<Arc<Cluster>>,
     addresses: Vec<(String, SocketAddr)>,
@@ -251,7 +252,8 @@ impl Proxy {
         if !outcome.accepted {
             let mut message = outcome.diagnostics.to_string();
             // Writing to a String cannot fail.
-            let _ = write!(message, "the configuration is not accepted; sidecar --check says the same");
+            let _ =
+                write!(message, "the configuration is not accepted; {} --check says the same", self.binary);
             return Err(Failure::Other(message));
         }
         self.say(&outcome);
@@ -364,7 +366,7 @@ impl Proxy {
             .listen(spec, move |_| compose::inbound(&parts, routes.clone(), Shard::new()))
             .map_err(|error| bind_failure(&error, "--inbound"))?;
         self.apps.push(cluster);
-        self.inbound.push(slot);
+        self.inbound.push((app.port(), slot));
         self.addresses.push(("inbound".to_owned(), address));
         Ok(())
     }
@@ -379,7 +381,7 @@ impl Proxy {
             tcp_routes: self.control.tcp_routes.clone(),
             inbound: self.inbound.clone(),
             edge: self.control.edge.clone(),
-            server: Arc::clone(self.server()?),
+            server: Arc::downgrade(self.server()?),
             direction: if self.binary == "gateway" { Direction::Gateway } else { Direction::Outbound },
             node: json!({
                 "workload": context.name,
@@ -390,7 +392,7 @@ impl Proxy {
                 "workers": self.common.worker_count(),
             }),
             canaries: self.control.canaries().clone(),
-            access_log: self.sink.clone(),
+            access_log: self.sink.as_ref().map(AccessLogSink::dropped_lines),
             started: self.started,
         });
         let ports = [
@@ -479,8 +481,10 @@ impl Proxy {
         drop((self, server));
         if let Some(writer) = writer {
             let flushed = tokio::task::spawn_blocking(move || writer.join());
-            // Admin connections may still hold a sink; the log does not keep the process alive.
-            let _ = tokio::time::timeout(Duration::from_secs(1), flushed).await;
+            // Where the log goes may be blocked; it does not keep the process alive.
+            if tokio::time::timeout(Duration::from_secs(1), flushed).await.is_err() {
+                tracing::warn!("the access log was not written to its end");
+            }
         }
         Ok(())
     }

@@ -241,6 +241,41 @@ async fn h2_what_is_cut_at_the_deadline_is_in_the_access_log() {
 }
 
 #[tokio::test]
+async fn an_admin_connection_keeps_neither_the_log_nor_the_process() {
+    let app = Echo::start("app").await;
+    let dir = ConfigDir::new();
+    dir.write("mesh.yaml", &service(app.addr));
+    let (config, log) = (dir.file("mesh.yaml"), dir.file("access.log"));
+    let mut sidecar = Process::start(
+        SIDECAR,
+        &["--config", &config, "--outbound", ANY, "--admin", ANY, "--access-log", &log],
+    );
+    let mut watching = TcpStream::connect(sidecar.address("admin")).await.unwrap();
+    watching.write_all(b"GET /ready HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    assert_eq!(watching.read_u8().await.unwrap(), b'H');
+    assert_eq!(get(sidecar.address("outbound"), "app", "/").await.0, 200);
+    sidecar.signal("TERM");
+    assert!(sidecar.wait().await.success());
+    let said = sidecar.stderr();
+    assert!(said.contains("drained") && !said.contains("not written to its end"), "{said}");
+    assert_eq!(std::fs::read_to_string(&log).unwrap().lines().count(), 1);
+    drop(watching);
+}
+
+#[tokio::test]
+async fn a_file_behind_a_link_is_followed() {
+    let app = Echo::start("app").await;
+    let (dir, elsewhere) = (ConfigDir::new(), ConfigDir::new());
+    elsewhere.write("mesh.yaml", &generation(app.addr, 0));
+    symlink(elsewhere.path().join("mesh.yaml"), dir.path().join("mesh.yaml")).unwrap();
+    let config = dir.path().to_str().unwrap();
+    let sidecar = Process::start(SIDECAR, &["--config", config, "--outbound", ANY, "--admin", ANY]);
+    elsewhere.replace("mesh.yaml", &generation(app.addr, 1));
+    let outbound = sidecar.address("outbound");
+    until("what the link leads to", async || in_force(outbound).await == "g1").await;
+}
+
+#[tokio::test]
 async fn an_empty_file_keeps_the_last_good_configuration() {
     let app = Echo::start("app").await;
     let dir = ConfigDir::new();

@@ -142,6 +142,40 @@ async fn inbound_leads_to_the_application_whatever_the_host() {
 }
 
 #[tokio::test]
+async fn inbound_is_explained_for_each_application() {
+    let (one, two) = (Echo::start("one").await, Echo::start("two").await);
+    let (app_one, app_two) = (one.addr.to_string(), two.addr.to_string());
+    let sidecar = Process::start(
+        SIDECAR,
+        &[
+            "--inbound",
+            ANY,
+            "--app",
+            &app_one,
+            "--inbound",
+            ANY,
+            "--app",
+            &app_two,
+            "--outbound",
+            ANY,
+            "--admin",
+            ANY,
+        ],
+    );
+    let admin = sidecar.address("admin");
+    for app in [one.addr, two.addr] {
+        let path = format!("/explain?direction=inbound&port={}&url=http://x/", app.port());
+        let destination = &get_json(admin, &path).await["decision"]["forward"][0];
+        assert_eq!(destination["cluster"], format!("inbound|{}||", app.port()));
+        assert_eq!(destination["endpoints"][0], app.to_string());
+    }
+    let (status, said) = get(admin, "admin", "/explain?direction=inbound&port=1&url=http://x/").await;
+    assert!(status == 404 && said.contains("no inbound listener for port 1"), "{said}");
+    let (status, said) = get(admin, "admin", "/explain?url=http://x/&colour=red").await;
+    assert!(status == 400 && said.contains("colour: unknown parameter"), "{said}");
+}
+
+#[tokio::test]
 async fn a_changed_file_is_in_force_and_a_bad_one_is_not() {
     let (v1, v2) = (Echo::start("v1").await, Echo::start("v2").await);
     let dir = ConfigDir::new();
