@@ -10,8 +10,9 @@
 //!   been so for 5 s, since an editor or a volume may be half way;
 //! * an explicit request (SIGHUP) loads what stands there now.
 //!
-//! [`Watcher`] adds the IO: it looks when the kernel reports a change below a watched path, and every second
-//! besides, because watches can be lost or unsupported.
+//! [`Watcher`] adds the IO: it looks when the kernel reports a change below a watched path, and twice a second
+//! besides, because watches can be lost or unsupported, and see nothing behind a symlink. So what changed is in force
+//! within a second in any case.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,7 +32,7 @@ pub const SETTLE: Duration = Duration::from_millis(100);
 pub const VANISHED: Duration = Duration::from_secs(5);
 
 /// How often a watcher looks when no event comes.
-pub const POLL: Duration = Duration::from_secs(1);
+pub const POLL: Duration = Duration::from_millis(500);
 
 /// A file larger than this is not read; it becomes an error at its position.
 const MAX_FILE_BYTES: u64 = 64 * 1024 * 1024;
@@ -121,7 +122,7 @@ impl Watcher {
     /// Watches `paths`, of which `loaded` are in force.
     ///
     /// Kernel watches that cannot be had (an unsupported file system, no watches left) are made up for by looking
-    /// every second.
+    /// twice a second.
     #[must_use]
     pub fn new(paths: Vec<PathBuf>, loaded: &[SourceFile]) -> Self {
         let (sender, events) = mpsc::channel(1);
@@ -136,13 +137,13 @@ impl Watcher {
             Ok(mut kernel) => {
                 for path in watched(&paths) {
                     if let Err(error) = kernel.watch(&path, notify::RecursiveMode::Recursive) {
-                        tracing::warn!(path = %path.display(), %error, "no kernel watch; looking every second");
+                        tracing::warn!(path = %path.display(), %error, "no kernel watch; looking twice a second");
                     }
                 }
                 Some(kernel)
             }
             Err(error) => {
-                tracing::warn!(%error, "no kernel watches; looking every second");
+                tracing::warn!(%error, "no kernel watches; looking twice a second");
                 None
             }
         };
