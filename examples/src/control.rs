@@ -62,6 +62,8 @@ pub struct Loaded {
     pub diagnostics: Vec<Diagnostic>,
     /// What is in force and not enforced by this build.
     pub not_enforced: Vec<Diagnostic>,
+    /// How many documents were skipped, as their kind is no concern of a mesh, in words; `None` for none.
+    pub skipped: Option<String>,
     /// When the generation in force was accepted.
     pub since: Option<SystemTime>,
     /// The settings of the mesh in force.
@@ -174,14 +176,15 @@ impl Control {
         watch::read(&self.sources.watched())
     }
 
-    /// Compiles what was read, without publishing, and says everything there is to say: what `--check` prints.
+    /// Compiles what was read, without publishing, and says everything there is to say: what `--check` prints. With it
+    /// goes how many documents were skipped, in words.
     #[must_use]
-    pub fn check(&self, files: &[SourceFile]) -> Diagnostics {
+    pub fn check(&self, files: &[SourceFile]) -> (Diagnostics, Option<String>) {
         let (set, diagnostics) = self.load(files);
         let (_, mut diagnostics) = self.compiler.check(&set, diagnostics);
         let unhonoured = set.unhonoured(&diagnostics, Severity::Error);
         diagnostics.extend(unhonoured);
-        diagnostics
+        (diagnostics, skipped(&set))
     }
 
     /// Compiles what was read and publishes it if nothing in it is an error.
@@ -196,6 +199,7 @@ impl Control {
         status.diagnostics = outcome.diagnostics.iter().cloned().collect();
         if outcome.accepted {
             status.not_enforced = not_enforced;
+            status.skipped = skipped(&set);
             status.since = Some(SystemTime::now());
             status.access_log_file.clone_from(&set.mesh_config().access_log_file);
         }
@@ -231,4 +235,12 @@ impl Control {
         diagnostics.honour_mesh("accessLogFile");
         (set, diagnostics)
     }
+}
+
+/// The documents that are no concern of a mesh, in one count.
+fn skipped(set: &ResourceSet) -> Option<String> {
+    let kinds = set.skipped();
+    let all: usize = kinds.values().sum();
+    let each: Vec<_> = kinds.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
+    (all > 0).then(|| format!("{all} documents of other kinds are skipped ({})", each.join(", ")))
 }

@@ -239,8 +239,11 @@ impl Proxy {
 
     /// Prints every diagnostic; fails on any error.
     fn check(&self) -> Result<(), Failure> {
-        let diagnostics = self.control.check(&self.files);
+        let (diagnostics, skipped) = self.control.check(&self.files);
         print!("{diagnostics}");
+        if let Some(skipped) = skipped {
+            println!("{skipped}");
+        }
         let (errors, all) = (diagnostics.error_count(), diagnostics.len());
         println!("{errors} errors, {} warnings", all - errors);
         if errors == 0 { Ok(()) } else { Err(Failure::Other("the configuration has errors".to_owned())) }
@@ -268,8 +271,12 @@ impl Proxy {
             }
         }
         if outcome.accepted {
-            for diagnostic in &self.control.status().read().not_enforced {
+            let loaded = self.control.status().read();
+            for diagnostic in &loaded.not_enforced {
                 tracing::warn!("{diagnostic}");
+            }
+            if let Some(skipped) = &loaded.skipped {
+                tracing::info!("{skipped}");
             }
             tracing::info!(generation = outcome.generation, "configuration accepted");
         } else {

@@ -92,6 +92,73 @@ async fn usage_is_2_and_a_bad_configuration_is_1_with_its_position() {
 }
 
 #[tokio::test]
+async fn what_kubectl_prints_loads_without_a_word() {
+    let dir = ConfigDir::new();
+    // A list, with all that the API server adds; of other kinds, one count.
+    dir.write(
+        "all.yaml",
+        "
+apiVersion: v1
+kind: List
+metadata: {resourceVersion: ''}
+items:
+- apiVersion: networking.istio.io/v1
+  kind: VirtualService
+  metadata:
+    annotations: {kubectl.kubernetes.io/last-applied-configuration: '{}'}
+    creationTimestamp: '2026-01-01T00:00:00Z'
+    generation: 3
+    managedFields: [{apiVersion: networking.istio.io/v1, fieldsType: FieldsV1, fieldsV1: {'f:spec': {}}, manager: kubectl, operation: Update}]
+    name: a
+    namespace: default
+    resourceVersion: '12'
+    uid: 0a4a1f5e
+  spec: {hosts: [a], http: [{route: [{destination: {host: a}}]}]}
+  status: {observedGeneration: '3', conditions: [{type: Reconciled, status: 'True'}], validationMessages: []}
+- apiVersion: v1
+  kind: Service
+  metadata: {name: a, namespace: default, resourceVersion: '13'}
+  spec:
+    clusterIP: 10.1.1.1
+    clusterIPs: [10.1.1.1]
+    internalTrafficPolicy: Cluster
+    ipFamilies: [IPv4]
+    ipFamilyPolicy: SingleStack
+    ports: [{name: http, port: 80, protocol: TCP, targetPort: web}]
+    selector: {app: a}
+    sessionAffinity: None
+    type: ClusterIP
+  status: {loadBalancer: {}}
+- apiVersion: discovery.k8s.io/v1
+  kind: EndpointSlice
+  addressType: IPv4
+  metadata:
+    generateName: a-
+    labels: {endpointslice.kubernetes.io/managed-by: endpointslice-controller.k8s.io, kubernetes.io/service-name: a}
+    name: a-x1
+    namespace: default
+    ownerReferences: [{apiVersion: v1, blockOwnerDeletion: true, controller: true, kind: Service, name: a, uid: 1b}]
+  endpoints:
+  - addresses: [127.0.0.1]
+    conditions: {ready: true, serving: true, terminating: false}
+    nodeName: node
+    targetRef: {kind: Pod, name: a-1, namespace: default, uid: 2c}
+    zone: z
+  ports: [{name: http, port: 8080, protocol: TCP}]
+- {apiVersion: apps/v1, kind: Deployment, metadata: {name: a}, spec: {replicas: 1}}
+- {apiVersion: apps/v1, kind: Deployment, metadata: {name: b}, spec: {replicas: 1}}
+- {apiVersion: v1, kind: Secret, metadata: {name: c}, data: {}}
+",
+    );
+    let output = Command::new(SIDECAR).args(["--check", "--config", &dir.file("all.yaml")]).output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "3 documents of other kinds are skipped (Deployment 2, Secret 1)\n0 errors, 0 warnings\n"
+    );
+    assert_eq!(output.status.code(), Some(0));
+}
+
+#[tokio::test]
 async fn check_refuses_security_that_nothing_enforces() {
     let dir = ConfigDir::new();
     dir.write(
