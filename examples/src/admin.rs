@@ -10,6 +10,7 @@ use std::time::{Instant, SystemTime};
 
 use http::header::{ALLOW, CONTENT_TYPE};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
+use mesh_core::config::Workload;
 use mesh_core::diagnostics::{Diagnostic, Severity};
 use mesh_core::server::{HttpStack, Phase, Server};
 use mesh_core::{Body, Direction, EdgeSettings, Slot, Snapshots};
@@ -42,7 +43,9 @@ pub struct Admin {
     pub server: Weak<Server>,
     /// The side of the workload that virtual services route.
     pub direction: Direction,
-    /// Whom the configuration is compiled for, as the command line says it.
+    /// Whom the configuration is compiled for.
+    pub workload: Workload,
+    /// The same, as the command line says it.
     pub node: Value,
     /// The rollouts of canaries.
     pub canaries: Canaries,
@@ -193,7 +196,7 @@ impl Admin {
     }
 
     fn explain(&self, query: &str) -> Response<Body> {
-        let question = match Question::parse(query) {
+        let mut question = match Question::parse(query) {
             Ok(question) => question,
             Err(reason) => return json(StatusCode::BAD_REQUEST, &json!({ "error": reason })),
         };
@@ -203,7 +206,10 @@ impl Admin {
         };
         let snapshot = self.snapshots.load();
         let slot = match direction {
-            Direction::Inbound => self.inbound_of(question.port),
+            Direction::Inbound => self.inbound_of(question.port).map(|(app, slot)| {
+                question.port = Some(*app);
+                slot
+            }),
             _ => Some(&self.routes),
         };
         let Some(table) = slot.and_then(|slot| snapshot.get(slot)) else {
@@ -213,16 +219,15 @@ impl Admin {
         };
         let edge = snapshot.get(&self.edge).copied().unwrap_or_default();
         let seed = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
-        json(StatusCode::OK, &question.answer(table, direction, edge, seed))
+        json(StatusCode::OK, &question.answer(table, direction, edge, &self.workload, seed))
     }
 
-    /// The routes to the application at this port, or to the first one.
-    fn inbound_of(&self, port: Option<u16>) -> Option<&Slot<RouteTable>> {
-        let found = match port {
+    /// The application at this port, or the first one.
+    fn inbound_of(&self, port: Option<u16>) -> Option<&(u16, Slot<RouteTable>)> {
+        match port {
             None => self.inbound.first(),
             Some(port) => self.inbound.iter().find(|(app, _)| *app == port),
-        };
-        found.map(|(_, slot)| slot)
+        }
     }
 
     fn prometheus(&self, server: &Server) -> String {

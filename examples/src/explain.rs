@@ -3,9 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
+use std::sync::Arc;
+
+use mesh_core::attributes::{Attribute, Attributes, Value as AttributeValue};
+use mesh_core::config::Workload;
 use mesh_core::forwarded;
 use mesh_core::sanitize::{self, Underscores};
-use mesh_core::{ConnInfo, Direction, EdgeSettings};
+use mesh_core::{ConnInfo, Direction, EdgeSettings, RequestContext};
 use mesh_route::{RequestView, RouteTable, explain};
 use serde_json::{Value, json};
 
@@ -94,6 +98,7 @@ impl Question {
         table: &RouteTable,
         direction: Direction,
         edge: EdgeSettings,
+        workload: &Workload,
         seed: u64,
     ) -> Value {
         let mut conn = ConnInfo::unknown(direction);
@@ -140,9 +145,28 @@ impl Question {
                     "query": view.query,
                 }),
             );
+            let context = RequestContext::new(Arc::new(conn), None, mesh_core::clock::now());
+            let request = Request::from_parts(parts.clone(), ());
+            let known = Attributes::new(&context).with_workload(workload).with_request(&request);
+            answer.insert("attributes".to_owned(), attributes(&known));
         }
         answer
     }
+}
+
+/// What policies and telemetry would read of the request before it is sent anywhere, but for maps.
+fn attributes(known: &Attributes<'_>) -> Value {
+    let values = Attribute::ALL.iter().filter_map(|attribute| {
+        let value = match known.get(*attribute)? {
+            AttributeValue::Bool(value) => json!(value),
+            AttributeValue::Int(value) => json!(value),
+            AttributeValue::String(value) => json!(value),
+            AttributeValue::Ip(value) => json!(value),
+            _ => return None,
+        };
+        Some((attribute.name().to_owned(), value))
+    });
+    Value::Object(values.collect())
 }
 
 #[cfg(test)]

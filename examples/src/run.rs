@@ -379,7 +379,8 @@ impl Proxy {
     }
 
     fn listen_admin(&mut self) -> Result<SocketAddr, Failure> {
-        let context = self.common.compile_context(Role::Sidecar).workload;
+        let role = if self.binary == "gateway" { Role::Gateway } else { Role::Sidecar };
+        let workload = self.common.compile_context(role).workload;
         let admin = Arc::new(Admin {
             binary: self.binary,
             status: self.control.status().clone(),
@@ -389,16 +390,17 @@ impl Proxy {
             inbound: self.inbound.clone(),
             edge: self.control.edge.clone(),
             server: Arc::downgrade(self.server()?),
-            direction: if self.binary == "gateway" { Direction::Gateway } else { Direction::Outbound },
+            direction: role.direction(),
             node: json!({
-                "workload": context.name,
-                "namespace": context.namespace,
-                "service_account": context.service_account,
-                "labels": context.labels,
+                "workload": workload.name,
+                "namespace": workload.namespace,
+                "service_account": workload.service_account,
+                "labels": workload.labels,
                 "compat": self.common.compat.as_str(),
                 "workers": self.common.worker_count(),
             }),
             canaries: self.control.canaries().clone(),
+            workload,
             access_log: self.sink.as_ref().map(AccessLogSink::dropped_lines),
             started: self.started,
         });

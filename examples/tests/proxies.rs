@@ -232,7 +232,10 @@ async fn inbound_is_explained_for_each_application() {
     let admin = sidecar.address("admin");
     for app in [one.addr, two.addr] {
         let path = format!("/explain?direction=inbound&port={}&url=http://x/", app.port());
-        let destination = &get_json(admin, &path).await["decision"]["forward"][0];
+        let explained = get_json(admin, &path).await;
+        assert_eq!(explained["attributes"]["destination.port"], app.port());
+        assert_eq!(explained["attributes"]["request.host"], "x");
+        let destination = &explained["decision"]["forward"][0];
         assert_eq!(destination["cluster"], format!("inbound|{}||", app.port()));
         assert_eq!(destination["endpoints"][0], app.to_string());
     }
@@ -434,6 +437,8 @@ async fn a_gateway_serves_its_servers_and_follows_its_configuration() {
     let saw: Value = serde_json::from_str(&body).unwrap();
     assert_eq!(saw["headers"]["x-forwarded-for"], "127.0.0.1");
     assert_eq!(get(http, "example.com", "/x").await.0, 404);
+    let node = &get_json(admin, "/server_info").await["node"];
+    assert_eq!(node["labels"]["istio"], "ingressgateway", "what a gateway is labelled with by default");
     let names = |listeners: &Value| -> Vec<String> {
         listeners["listeners"]
             .as_array()
