@@ -1,5 +1,6 @@
 //! The control plane of a process: from files to the generation in force.
 
+use std::any::Any;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -34,6 +35,8 @@ pub struct Control {
     compiler: Compiler<ResourceSet>,
     clusters: Clusters,
     canaries: Canaries,
+    /// The subsets that the generation in force misses.
+    missing: Vec<Diagnostic>,
     /// The routes that virtual services make.
     pub routes: Slot<RouteTable>,
     /// The routes of what is not HTTP.
@@ -141,7 +144,20 @@ impl Control {
             }
         });
         let status = Status::default();
-        Self { sources, options, compiler, clusters, canaries, routes, tcp_routes, listeners, edge, status }
+        let missing = Vec::new();
+        Self {
+            sources,
+            options,
+            compiler,
+            clusters,
+            canaries,
+            missing,
+            routes,
+            tcp_routes,
+            listeners,
+            edge,
+            status,
+        }
     }
 
     /// Where snapshots are published.
@@ -190,7 +206,37 @@ impl Control {
     /// Compiles what was read and publishes it if nothing in it is an error.
     pub fn apply(&mut self, files: &[SourceFile]) -> Outcome {
         let (set, diagnostics) = self.load(files);
-        let outcome = self.compiler.apply(&set, diagnostics);
+        let (models, diagnostics) = self.compiler.check(&set, diagnostics);
+        self.publish(&set, models, diagnostics)
+    }
+
+    /// [`apply`](Self::apply), unless a route names a subset that is not defined and was not missed before: whoever
+    /// applies routes and subsets one after the other must not see requests fail in between. Then nothing changes,
+    /// and what is missing is said.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn apply_if_complete(&mut self, files: &[SourceFile]) -> Result<Outcome, Vec<Diagnostic>> {
+        let (set, diagnostics) = self.load(files);
+        let (models, diagnostics) = self.compiler.check(&set, diagnostics);
+        let mut missing = missing_subsets(&diagnostics);
+        missing.retain(|subset| !self.missing.iter().any(|known| same(subset, known)));
+        if models.is_some() && !missing.is_empty() {
+            return Err(missing);
+        }
+        Ok(self.publish(&set, models, diagnostics))
+    }
+
+    fn publish(
+        &mut self,
+        set: &ResourceSet,
+        models: Option<Vec<Arc<dyn Any + Send + Sync>>>,
+        diagnostics: Diagnostics,
+    ) -> Outcome {
+        let outcome = self.compiler.apply_checked(models, diagnostics);
+        if outcome.accepted {
+            self.missing = missing_subsets(&outcome.diagnostics);
+        }
         let not_enforced = set.unhonoured(&outcome.diagnostics, Severity::Warning);
         let (accepted, rejected) = self.compiler.counts();
         let mut status = self.status.lock();
@@ -199,7 +245,7 @@ impl Control {
         status.diagnostics = outcome.diagnostics.iter().cloned().collect();
         if outcome.accepted {
             status.not_enforced = not_enforced;
-            status.skipped = skipped(&set);
+            status.skipped = skipped(set);
             status.since = Some(SystemTime::now());
             status.access_log_file.clone_from(&set.mesh_config().access_log_file);
         }
@@ -235,6 +281,19 @@ impl Control {
         diagnostics.honour_mesh("accessLogFile");
         (set, diagnostics)
     }
+}
+
+/// What is said of subsets that routes name and nothing defines.
+fn missing_subsets<'d>(diagnostics: impl IntoIterator<Item = &'d Diagnostic>) -> Vec<Diagnostic> {
+    let missing = diagnostics.into_iter().filter(|diagnostic| {
+        diagnostic.code == Some("IST0101") && diagnostic.path.ends_with(".destination.subset")
+    });
+    missing.cloned().collect()
+}
+
+/// Whether two findings are of one missing subset, wherever it is named now.
+fn same(one: &Diagnostic, other: &Diagnostic) -> bool {
+    one.resource == other.resource && one.message == other.message
 }
 
 /// The documents that are no concern of a mesh, in one count.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_core::config::{CompileContext, Role};
 use mesh_core::diagnostics::Severity;
@@ -15,6 +15,7 @@ use mesh_core::istio::SourceFile;
 use mesh_core::server::{
     BindError, DrainTimes, Drained, ListenerProtocol, ListenerSpec, Server, ServerLimits, serve_here,
 };
+use mesh_core::watch::VANISHED;
 use mesh_core::{ClusterName, Direction, GatewayListener, Panics, Slot};
 use mesh_route::discover::{Discoverer, SystemResolver};
 use mesh_route::{
@@ -207,7 +208,7 @@ struct Proxy {
     apps: Vec<Arc<Cluster>>,
     addresses: Vec<(String, SocketAddr)>,
     reconciling: Arc<Turns>,
-    started: std::time::Instant,
+    started: Instant,
 }
 
 impl Proxy {
@@ -444,18 +445,28 @@ impl Proxy {
         mut applied: impl FnMut(&mut Self),
     ) -> Result<(), Failure> {
         let mut watcher = self.control.watcher(&self.files);
+        // Until when a configuration waits for the rest of it.
+        let mut waits: Option<Instant> = None;
         loop {
+            let mut at_once = false;
             let files = tokio::select! {
                 () = either(&mut signals.terminate, &mut signals.interrupt) => break,
-                Some(()) = signals.hangup.recv() => match &mut watcher {
-                    None => Vec::new(),
-                    Some(watcher) => match watcher.now().await {
-                        Ok(files) => files,
-                        Err(error) => {
-                            tracing::error!(%error, "nothing is loaded; what is in force stays");
-                            continue;
-                        }
-                    },
+                Some(()) = signals.hangup.recv() => {
+                    at_once = true;
+                    match &mut watcher {
+                        None => Vec::new(),
+                        Some(watcher) => match watcher.now().await {
+                            Ok(files) => files,
+                            Err(error) => {
+                                tracing::error!(%error, "nothing is loaded; what is in force stays");
+                                continue;
+                            }
+                        },
+                    }
+                },
+                () = until(waits) => {
+                    at_once = true;
+                    std::mem::take(&mut self.files)
                 },
                 files = async {
                     match &mut watcher {
@@ -466,7 +477,26 @@ impl Proxy {
             };
             self.files = files;
             // Compiling many routes takes a while; the admin endpoints answer meanwhile.
-            let outcome = tokio::task::block_in_place(|| self.control.apply(&self.files));
+            let outcome = tokio::task::block_in_place(|| {
+                if at_once {
+                    Ok(self.control.apply(&self.files))
+                } else {
+                    self.control.apply_if_complete(&self.files)
+                }
+            });
+            let outcome = match outcome {
+                Ok(outcome) => outcome,
+                Err(missing) => {
+                    for diagnostic in missing {
+                        tracing::warn!(
+                            "waiting for up to {VANISHED:?}, what is in force stays: {diagnostic}"
+                        );
+                    }
+                    waits.get_or_insert_with(|| mesh_core::clock::now() + VANISHED);
+                    continue;
+                }
+            };
+            waits = None;
             self.say(&outcome);
             if outcome.accepted {
                 applied(&mut self);
@@ -564,6 +594,13 @@ impl Signals {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
         })
+    }
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 
