@@ -412,7 +412,7 @@ const FILES: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn bad_inputs_are_refused_with_place_path_and_reason() {
+fn c2_bad_inputs_are_refused_with_place_path_and_reason() {
     let mut report = String::new();
     let mut count = 0;
     let mut case = |name: &str, text: &str| {
@@ -448,7 +448,7 @@ fn bad_inputs_are_refused_with_place_path_and_reason() {
 
 /// Files that would take much time or memory.
 #[test]
-fn bombs_are_refused_at_once() {
+fn c2_bombs_are_refused_at_once() {
     let mut aliases = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
     for level in 1..=11 {
         let before = format!("*a{}", level - 1);
@@ -483,7 +483,7 @@ fn bombs_are_refused_at_once() {
 }
 
 #[test]
-fn every_error_of_every_document_is_said() {
+fn c2_every_error_of_every_document_is_said() {
     let bad = resource("DestinationRule", "{host: '', subsets: [{name: ''}, {name: 5}], exportTo: ['*', a]}");
     let text = format!("{bad}---\n{}---\na: [\n", bad.replace("name: it", "name: that"));
     let diags = refuse("many", text.as_bytes());

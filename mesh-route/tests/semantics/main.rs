@@ -15,6 +15,7 @@ mod l4;
 mod mesh_config;
 mod outlier;
 mod ports;
+mod registry;
 mod retry;
 mod service_entry;
 mod sidecar;

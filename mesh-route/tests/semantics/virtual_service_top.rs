@@ -172,7 +172,7 @@ fn vs_03_the_first_match_wins_and_nothing_follows_a_catch_all() {
 }
 
 #[test]
-fn vs_04_tls_is_validated_and_said_not_to_be_enforced() {
+fn vs_04_tls_is_validated_and_reported_where_only_http_is_routed() {
     let with = |tls: &str| {
         reviews(&[1]) + &resource("VirtualService", "v", &format!("{{hosts: [a.example.com], tls: [{tls}]}}"))
     };
@@ -191,7 +191,7 @@ fn vs_04_tls_is_validated_and_said_not_to_be_enforced() {
 }
 
 #[test]
-fn vs_05_tcp_is_validated_and_said_not_to_be_enforced() {
+fn vs_05_tcp_is_validated_and_reported_where_only_http_is_routed() {
     let with = |tcp: &str| {
         reviews(&[1]) + &resource("VirtualService", "v", &format!("{{hosts: [a.example.com], tcp: [{tcp}]}}"))
     };
