@@ -316,6 +316,16 @@ mod tests {
     }
 
     #[test]
+    fn pt_01_the_ports_are_istios() {
+        let args = sidecar(&[]);
+        assert_eq!(args.outbound.to_string(), "127.0.0.1:15001");
+        assert_eq!(args.common.admin.to_string(), "127.0.0.1:15000");
+        assert_eq!(INBOUND.to_string(), "127.0.0.1:15006");
+        // 15090, 15020 and 15021 are bound only when somebody asks for them.
+        assert_eq!((args.common.prometheus, args.common.status, args.common.health), (None, None, None));
+    }
+
+    #[test]
     fn nothing_asked_for_is_the_demo() {
         assert!(sidecar(&[]).runs_demo());
         assert!(sidecar(&["--demo", "--config", "a.yaml"]).runs_demo());

@@ -61,11 +61,53 @@ async fn the_demo_splits_ninety_to_ten_and_always_answers() {
 async fn a_busy_port_is_named_with_its_flag() {
     let taken = std::net::TcpListener::bind(ANY).unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let output =
-        Command::new(SIDECAR).args(["--demo", "--outbound", &address, "--admin", ANY]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains(&address) && said.contains("--outbound"), "{said}");
+    for flag in ["--outbound", "--inbound", "--admin", "--prometheus", "--status", "--health"] {
+        let mut args = vec!["--demo", flag, &address];
+        for other in ["--outbound", "--admin"] {
+            if flag != other {
+                args.extend([other, ANY]);
+            }
+        }
+        let output = Command::new(SIDECAR).args(&args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{flag}");
+        assert!(output.stdout.is_empty(), "nobody is told that it listens: {flag}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains(&address) && said.contains(flag), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn pt_01_each_port_serves_its_own_endpoints() {
+    let sidecar = Process::start(
+        SIDECAR,
+        &["--demo", "--outbound", ANY, "--admin", ANY, "--prometheus", ANY, "--status", ANY, "--health", ANY],
+    );
+    let all = [
+        "/ready",
+        "/healthz/ready",
+        "/config_dump",
+        "/clusters",
+        "/listeners",
+        "/server_info",
+        "/explain?url=http://reviews/",
+        "/stats/prometheus",
+    ];
+    for (port, served) in [
+        ("admin", &all[..]),
+        ("prometheus", &["/stats/prometheus"]),
+        ("status", &["/healthz/ready", "/stats/prometheus"]),
+        ("health", &["/healthz/ready"]),
+    ] {
+        for path in all {
+            let (status, body) = get(sidecar.address(port), "admin", path).await;
+            let expected = if served.contains(&path) { 200 } else { 404 };
+            assert_eq!(status, expected, "{port} {path}: {body}");
+        }
+        let written =
+            b"POST /healthz/ready HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        let answer = exchange(sidecar.address(port), written, Duration::from_secs(5)).await;
+        assert_eq!(answer.statuses(), [405], "{port}: nothing is changed here");
+    }
 }
 
 #[tokio::test]
