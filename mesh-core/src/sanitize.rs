@@ -159,7 +159,8 @@ fn target(parts: &mut request::Parts, normalization: PathNormalization) -> Resul
     if path.bytes().any(|byte| !(b'!'..=b'~').contains(&byte)) {
         return Err(bad("path_normalization_failed", "the target has a byte that must be escaped"));
     }
-    if path.as_bytes().windows(3).any(|escape| escape == b"%00") {
+    // In a query it is data.
+    if parts.uri.path().as_bytes().windows(3).any(|escape| escape == b"%00") {
         return Err(bad("path_normalization_failed", "the path has an escaped NUL"));
     }
     match (in_uri, host) {
@@ -346,6 +347,8 @@ mod tests {
     fn e1_targets() {
         let host = [("host", "a")];
         assert_eq!(refusal(h1("/a%00b", &host)), (400, "path_normalization_failed"));
+        assert_eq!(refusal(h1("/a%00?b", &host)), (400, "path_normalization_failed"));
+        assert_eq!(h1("/a?info_hash=%00%01", &host).unwrap().uri, "/a?info_hash=%00%01");
         assert_eq!(refusal(h1("admin", &host)), (400, "missing_path"));
         assert_eq!(refusal(h1("*", &host)), (400, "invalid_path"));
         assert!(sanitized(Version::HTTP_11, "OPTIONS", "*", &host, Underscores::Keep).is_ok());
