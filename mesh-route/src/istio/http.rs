@@ -19,6 +19,7 @@ use mesh_core::matcher::{HeaderMatcher, QueryMatcher, StringMatcher};
 use super::clusters::{Clusters, Found};
 use super::mesh::Mesh;
 use super::{annotations, retry};
+use crate::cluster::Discovery;
 use crate::direct_response::DirectResponse;
 use crate::headers::HeaderOps;
 use crate::redirect::{Redirect, RedirectPath, RedirectPort};
@@ -327,7 +328,20 @@ impl<'m> Rules<'_, 'm> {
             );
         };
         let mut compiled = match self.clusters.find(&host, port, place.port, &to.subset) {
-            Found::Cluster(cluster) => Destination::new(cluster),
+            Found::Cluster(cluster) => {
+                let nobody =
+                    matches!(&cluster.spec().discovery, Discovery::Static(listed) if listed.is_empty());
+                // Slices and Endpoints do not carry the labels of pods: easily nobody is in any subset.
+                let others = || self.mesh.service(&host).is_some_and(|service| !service.instances.is_empty());
+                if nobody && !to.subset.is_empty() && others() {
+                    let message = format!(
+                        "no endpoint of {host:?} has the labels of the subset {:?}: requests get 503 UH",
+                        to.subset
+                    );
+                    warn("subset", None, message);
+                }
+                Destination::new(cluster)
+            }
             Found::UnknownHost(name) => {
                 warn(
                     "host",

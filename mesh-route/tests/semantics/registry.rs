@@ -149,3 +149,22 @@ fn reg_01_the_domain_is_the_clusters_own() {
     assert_eq!(it.clusters("http://a.default.svc.example.org/"), ["outbound|80||a.default.svc.example.org"]);
     assert_eq!(it.clusters("http://a.default.svc.cluster.local/"), ["PassthroughCluster"]);
 }
+
+#[test]
+fn reg_01_a_subset_that_nobody_is_in_is_said() {
+    let subset = resource("DestinationRule", "a", "{host: a, subsets: [{name: v1, labels: {version: v1}}]}");
+    let rule = resource(
+        "VirtualService",
+        "a",
+        "{hosts: [a], http: [{route: [{destination: {host: a, subset: v1}}]}]}",
+    );
+    let labelled = slice("a-1", "{name: http, port: 8080}", "{addresses: [10.1.0.1]}");
+    let yaml = service(HTTP) + &labelled + &subset + &rule;
+    compile(&yaml).warns("spec.http[0].route[0].destination.subset", "503 UH");
+    // Labels of the slice are those of its endpoints, and a service without any has nobody to be in it.
+    let version = yaml.replace("service-name: a}", "service-name: a, version: v1}");
+    for quiet in [version, service(HTTP) + &subset + &rule] {
+        let it = compile(&quiet);
+        assert!(it.diags.is_empty(), "{}", it.diags);
+    }
+}
