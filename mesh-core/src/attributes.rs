@@ -279,11 +279,12 @@ mod tests {
     }
 
     fn workload() -> Workload {
-        let mut workload = Workload::default();
-        workload.name = "reviews-v1".to_owned();
-        workload.namespace = "shop".to_owned();
-        workload.labels.insert("version".to_owned(), "v1".to_owned());
-        workload
+        Workload {
+            name: "reviews-v1".to_owned(),
+            namespace: "shop".to_owned(),
+            labels: [("version".to_owned(), "v1".to_owned())].into(),
+            ..Workload::default()
+        }
     }
 
     fn request() -> Request<()> {
