@@ -426,3 +426,30 @@ async fn vs_w01_path_host_and_cluster_of_a_route_table() {
         );
     }
 }
+
+#[tokio::test]
+async fn h10_a_grpc_deadline_shrinks_with_each_hop() {
+    let (_echo, services) = one_version().await;
+    let it = compile(&(services + &rules("  - {timeout: 600s, route: [{destination: {host: reviews}}]}\n")));
+    let client = it.client();
+    let mut deadline = "100S".to_owned();
+    for left in [70_000, 40_000, 10_000] {
+        let mut request = Request::post("http://reviews/p.Service/Method")
+            .header("content-type", "application/grpc")
+            .header("grpc-timeout", &deadline)
+            .body(Body::empty())
+            .unwrap();
+        let conn = ConnInfo::unknown(Direction::Outbound);
+        request.extensions_mut().insert(RequestContext::new(conn.into(), None, mesh_core::clock::now()));
+        // The hop takes its time before it sends the request on.
+        tokio::time::pause();
+        tokio::time::advance(Duration::from_secs(30)).await;
+        tokio::time::resume();
+        let answer = send(&client, request).await;
+        deadline = answer.saw_header("grpc-timeout").unwrap();
+        let told: u64 = deadline.strip_suffix('m').unwrap().parse().unwrap();
+        assert!((left - 9_000..=left).contains(&told), "{deadline} of {left}m");
+        let expected = answer.saw_header("x-envoy-expected-rq-timeout-ms").unwrap();
+        assert_eq!(expected, told.to_string());
+    }
+}
