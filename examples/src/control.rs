@@ -233,13 +233,11 @@ impl Control {
         models: Option<Vec<Arc<dyn Any + Send + Sync>>>,
         diagnostics: Diagnostics,
     ) -> Outcome {
-        let outcome = self.compiler.apply_checked(models, diagnostics);
-        if outcome.accepted {
-            self.missing = missing_subsets(&outcome.diagnostics);
-        }
-        let not_enforced = set.unhonoured(&outcome.diagnostics, Severity::Warning);
-        let (accepted, rejected) = self.compiler.counts();
+        let not_enforced = set.unhonoured(&diagnostics, Severity::Warning);
+        // Whoever sees the new generation at work finds it in the status too.
         let mut status = self.status.lock();
+        let outcome = self.compiler.apply_checked(models, diagnostics);
+        let (accepted, rejected) = self.compiler.counts();
         status.generation = outcome.generation;
         (status.accepted, status.rejected) = (accepted, rejected);
         status.diagnostics = outcome.diagnostics.iter().cloned().collect();
@@ -248,7 +246,9 @@ impl Control {
             status.skipped = skipped(set);
             status.since = Some(SystemTime::now());
             status.access_log_file.clone_from(&set.mesh_config().access_log_file);
+            self.missing = missing_subsets(&outcome.diagnostics);
         }
+        drop(status);
         outcome
     }
 
