@@ -12,6 +12,7 @@ mod explain;
 mod logging;
 pub mod replay;
 mod run;
+mod simulate;
 
 pub use run::{gateway, sidecar};
 

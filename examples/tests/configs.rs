@@ -7,6 +7,8 @@ mod tls;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mesh_testkit::process::{ConfigDir, Process};
@@ -383,6 +385,94 @@ async fn mirror_diffing() {
     let (code, _, said) = replay(args(v1.addr, None)).await;
     assert_eq!(code, Some(1));
     assert!(said.contains("requests.jsonl:1: response is missing"), "{said}");
+}
+
+#[tokio::test]
+async fn canary() {
+    let mended = Arc::new(AtomicBool::new(false));
+    let sound = Arc::clone(&mended);
+    let v1 = Scripted::start("v1", |_| Reply::After(Duration::from_millis(4), 200)).await;
+    let v2 = Scripted::start("v2", move |seen| {
+        let fails = seen.nth % 3 == 0 && !sound.load(Ordering::Relaxed);
+        Reply::After(Duration::from_millis(4), if fails { 500 } else { 200 })
+    })
+    .await;
+    let example = Example::start("canary.yaml", &[(9081, v1.addr), (9082, v2.addr)]);
+    let (admin, outbound) = (example.sidecar.address("admin"), example.sidecar.address("outbound"));
+    let canary = async || get_json(admin, "/canary").await["canaries"][0].clone();
+    let first = canary().await;
+    assert_eq!(
+        (&first["share"], &first["phase"], &first["run"]),
+        (&20.into(), &"running".into(), &"1".into())
+    );
+    // Eight clients at a time, until the rollout has ended.
+    let end = async || {
+        let ask = async || {
+            let mut clients = tokio::task::JoinSet::new();
+            for _ in 0..8 {
+                clients.spawn(async move {
+                    for _ in 0..10 {
+                        mesh_testkit::raw::get(outbound, "reviews", "/").await;
+                    }
+                });
+            }
+            clients.join_all().await;
+            canary().await["phase"] != "running"
+        };
+        mesh_testkit::until("the end of the rollout", ask).await;
+        canary().await
+    };
+    let shown = end().await;
+    assert_eq!((&shown["share"], &shown["phase"]), (&0.into(), &"rolled_back".into()), "{shown}");
+    let what = shown["events"][0]["what"].as_str().unwrap();
+    assert!(what.starts_with("rolled back, now 0 %: it is "), "{what}");
+    assert!(example.sidecar.stderr().contains(what), "the same is logged");
+    let before = v2.requests();
+    for _ in 0..50 {
+        assert_eq!(example.send("GET", "reviews", "/", "").await.status, 200);
+    }
+    assert_eq!(v2.requests(), before, "nobody is sent there any more");
+    let explained = get_json(admin, "/explain?url=http://reviews/").await;
+    let weights: Vec<_> =
+        explained["decision"]["forward"].as_array().unwrap().iter().map(|to| to["weight"].clone()).collect();
+    assert_eq!(weights, [100, 0]);
+    assert_eq!(explained["decision"]["canary"]["phase"], "rolled_back");
+    let (_, metrics) = mesh_testkit::raw::get(admin, "admin", "/stats/prometheus").await;
+    for line in [
+        "mesh_canary_events_total{event=\"rolled_back\"} 1".to_owned(),
+        "mesh_canary_share{canary=\"default/reviews\"} 0".to_owned(),
+        format!(
+            "mesh_canary_requests_total{{canary=\"default/reviews\",version=\"canary\",result=\"failure\"}} {}",
+            shown["total"]["canary"]["failures"]
+        ),
+    ] {
+        assert!(metrics.contains(&line), "no {line} in {metrics}");
+    }
+
+    // A reload that leaves the rollout as it is changes nothing of it; another run begins with a mended version.
+    let yaml = std::fs::read_to_string(example.dir.file("canary.yaml")).unwrap();
+    let reload = async |yaml: &str, generation: u64| {
+        example.dir.write("canary.yaml", yaml);
+        let applied = async || get_json(admin, "/ready").await["generation"] == generation;
+        mesh_testkit::until("the generation to be in force", applied).await;
+    };
+    reload(&yaml.replace("weight: 100", "weight: 90"), 2).await;
+    let kept = canary().await;
+    assert_eq!((&kept["phase"], &kept["total"]["canary"]), (&shown["phase"], &shown["total"]["canary"]));
+    mended.store(true, Ordering::Relaxed);
+    reload(&yaml.replace("run=1", "run=2"), 3).await;
+    let shown = end().await;
+    assert_eq!((&shown["share"], &shown["phase"]), (&100.into(), &"promoted".into()), "{shown}");
+    let shares: Vec<_> =
+        shown["events"].as_array().unwrap().iter().map(|event| event["share"].clone()).collect();
+    assert_eq!(shares, [50, 100, 100]);
+    let before = v1.requests();
+    for _ in 0..50 {
+        assert_eq!(example.send("GET", "reviews", "/", "").await.body, "v2");
+    }
+    assert_eq!(v1.requests(), before, "everybody is sent to v2");
+    let (_, metrics) = mesh_testkit::raw::get(admin, "admin", "/stats/prometheus").await;
+    assert!(metrics.contains("mesh_canary_events_total{event=\"promoted\"} 1"), "{metrics}");
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Vocabulary and plumbing of the mesh layers; no policy.
 #![forbid(unsafe_code)]
 
+pub mod attributes;
 pub mod body;
 pub mod clock;
 mod compat;

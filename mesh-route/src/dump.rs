@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use crate::canary::{Canaries, CanarySpec, CanaryStatus, Measured, Totals};
 use crate::cluster::{Cluster, Discovery};
 use crate::fault::FaultScope;
 use crate::mirror::{Mirror, MirrorAuthority, MirrorOutcome};
@@ -67,6 +68,52 @@ pub fn tcp_routes(table: &TcpRouteTable) -> Value {
         })
         .collect();
     json!({ "routes": ports, "unknown": table.unknown().map(|unknown| shown(unknown)) })
+}
+
+/// Where the rollouts of canaries stand, with their evidence and what was decided.
+#[must_use]
+pub fn canaries(canaries: &Canaries) -> Value {
+    let now = mesh_core::clock::now();
+    let ago = |at| now.saturating_duration_since(at).as_secs_f64();
+    let measured = |measured: Measured| {
+        json!({
+            "successes": measured.successes,
+            "failures": measured.failures,
+            "mean_latency_ms": measured.mean_latency().map(|mean| mean.as_secs_f64() * 1e3),
+        })
+    };
+    let total = |total: Totals| json!({"successes": total.successes, "failures": total.failures});
+    let shown = |canary: CanaryStatus| {
+        let CanarySpec { name, stable, canary: of_canary, run, interval, policy } = &*canary.spec;
+        json!({
+            "name": &**name,
+            "canary": &**of_canary,
+            "stable": &**stable,
+            "run": &**run,
+            "share": canary.share,
+            "phase": canary.phase.to_string(),
+            "step": canary.step,
+            "steps": policy.steps,
+            "interval_seconds": interval.as_secs_f64(),
+            "seconds_in_step": ago(canary.since),
+            "evidence": {
+                "likelihood_ratio": canary.evidence,
+                "rolled_back_at": 1.0 / policy.alpha,
+                "canary": measured(canary.canary),
+                "stable": measured(canary.stable),
+            },
+            "total": {"canary": total(canary.canary_total), "stable": total(canary.stable_total)},
+            "events": canary.events.iter().map(|event| json!({
+                "seconds_ago": ago(event.at),
+                "share": event.share,
+                "phase": event.phase.to_string(),
+                "what": event.to_string(),
+                "canary": measured(event.canary),
+                "stable": measured(event.stable),
+            })).collect::<Vec<_>>(),
+        })
+    };
+    json!({ "canaries": canaries.status().into_iter().map(shown).collect::<Vec<_>>() })
 }
 
 /// Port, name, domains and routes of a virtual host.
@@ -178,6 +225,7 @@ fn route(route: &Route) -> Value {
                 .collect();
             json!({
                 "destinations": destinations,
+                "canary": forward.canary.as_ref().map(|canary| canary.spec().name.to_string()),
                 "sticky": forward.sticky.as_ref().map(ToString::to_string),
                 "retry": (forward.retry.attempts > 0).then(|| json!({
                     "attempts": forward.retry.attempts,

@@ -45,11 +45,14 @@ pub(crate) async fn forward(
     cx.set_upstream(UpstreamInfo::new(destination.name.shared()));
     let known = destination.cluster.as_ref().and_then(|cluster| Some((cluster, cluster.runtime()?)));
     let Some((cluster, runtime)) = known else {
-        return Err(Error::local_reply(
+        let error = Error::local_reply(
             StatusCode::SERVICE_UNAVAILABLE,
             ResponseFlags::NO_CLUSTER_FOUND,
             "cluster_not_found",
-        ));
+        );
+        let mut answer = Err(error);
+        forward.count(destination, cx, &mut answer);
+        return answer;
     };
     if cluster.spec().discovery == Discovery::BlackHole {
         return Err(Error::local_reply(StatusCode::BAD_GATEWAY, ResponseFlags::NONE, "direct_response"));
@@ -99,6 +102,7 @@ pub(crate) async fn forward(
             },
         }
     };
+    forward.count(destination, cx, &mut response);
     if let (RequestKey::Issued(issued), Ok(response)) = (attempt.key, &mut response) {
         give_cookie(cluster.spec(), issued, response);
     }

@@ -41,6 +41,8 @@ mod route;
 mod runtime;
 pub mod select;
 mod shard;
+#[cfg(feature = "simulate")]
+pub mod simulate;
 mod table;
 mod tcp;
 mod timeout;

@@ -9,6 +9,7 @@
 //! | `mesh.rs/sticky-split` | VirtualService | `header:NAME`, `cookie:NAME`, `source-ip`, `query:NAME` | who stays on a destination of an HTTP rule while its weights change (VS-R05) |
 //! | `mesh.rs/mirror` | VirtualService | a JSON object by mirror (`HOST/SUBSET`, `HOST` or `*`) of `authority`, `set`, `add`, `remove`, `sampleBy` | authority and header operations of mirrored copies, and the key that decides which requests are copied (VS-P04) |
 //! | `mesh.rs/mirror-diff` | VirtualService | a JSON object of `percentage`, `headers`, `baseline`, `baselineAnyMethod`, `bodyBytes` | the answers of mirrors are compared with those of the primary (VS-P05) |
+//! | `mesh.rs/canary` | VirtualService | `canary=SUBSET-OR-HOST; KEY=VALUE; …` | which of two destinations is rolled out by what is measured of it (`canary.rs` has the keys) |
 //! | `mesh.rs/load-balancer` | DestinationRule | `PEAK_EWMA` | the algorithm where the policy names none (DR-LB10) |
 
 use std::collections::BTreeMap;
@@ -28,6 +29,7 @@ pub(super) const FAULT_SCOPE: &str = "mesh.rs/fault-scope";
 pub(super) const STICKY_SPLIT: &str = "mesh.rs/sticky-split";
 pub(super) const MIRROR: &str = "mesh.rs/mirror";
 pub(super) const MIRROR_DIFF: &str = "mesh.rs/mirror-diff";
+pub(super) const CANARY: &str = "mesh.rs/canary";
 pub(super) const LOAD_BALANCER: &str = "mesh.rs/load-balancer";
 pub(super) const PEAK_EWMA: &str = "PEAK_EWMA";
 
@@ -45,6 +47,8 @@ pub(super) const VIRTUAL_SERVICE: Known = &[
     (MIRROR, |value| super::mirror::Extras::parse(value).map(drop)),
     (MIRROR_DIFF, |value| super::mirror::diff_policy(value).map(drop)),
     (STICKY_SPLIT, |value| value.parse::<HashPolicy>().map(drop).map_err(|error| error.to_string())),
+    // Judged where rollouts are compiled.
+    (CANARY, |_| Ok(())),
 ];
 
 pub(super) const DESTINATION_RULE: Known = &[(LOAD_BALANCER, |value| one_of(value, &[PEAK_EWMA]))];

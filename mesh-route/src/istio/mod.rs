@@ -6,6 +6,8 @@
 //! reported as not enforced.
 
 mod annotations;
+mod attach;
+mod canary;
 mod clusters;
 mod cors;
 mod delegate;
@@ -35,7 +37,9 @@ impl Compile<ResourceSet> for RouteTable {
         fault::annotations(set, diags);
         load_balancer::check(set, diags);
         mirror::check(set, diags);
+        attach::check(set, diags);
         let mesh = mesh::Mesh::new(set, cx);
+        canary::check(&mesh, diags);
         let mut clusters = clusters::Clusters::new(&mesh);
         let mut table = match cx.role {
             Role::Sidecar => outbound::table(&mesh, &mut clusters, diags),
