@@ -7,6 +7,8 @@ mod tls;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mesh_testkit::process::{ConfigDir, Process};
@@ -275,6 +277,229 @@ async fn sticky_canary() {
     assert_eq!(explained["decision"]["sticky"], sticky);
     let to = explained["decision"]["forward"].as_array().unwrap();
     assert_eq!(to.iter().find(|to| to["chosen"] == true).unwrap()["subset"], after[7]);
+}
+
+#[tokio::test]
+async fn mirroring() {
+    let v1 = Echo::start("v1").await;
+    let v2 = Scripted::start("v2", |_| Reply::Status(500)).await;
+    let audit = Scripted::start("audit", |_| Reply::Reset).await;
+    let ports = [(9081, v1.addr), (9082, v2.addr), (9083, audit.addr)];
+    let example = Example::start("mirroring.yaml", &ports);
+    let path = format!("{}/config/mirroring.yaml", env!("CARGO_MANIFEST_DIR"));
+    let checked = Command::new(SIDECAR).args(["--check", "--config", &path]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&checked.stdout), "0 errors, 0 warnings\n");
+    let users = 60;
+    for _ in 0..2 {
+        for user in 0..users {
+            let headers = format!("x-user: user-{user}\r\ncookie: secret=1\r\n");
+            let answer = example.send("GET", "reviews", "/items?q=1", &headers).await;
+            assert_eq!(answer.status, 200);
+            assert!(
+                answer.body.contains("\"name\":\"v1\"") && answer.body.contains("secret=1"),
+                "{}",
+                answer.body
+            );
+        }
+    }
+    let admin = example.sidecar.address("admin");
+    let over = async || {
+        let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
+        stats.contains("mesh_mirrored_requests_in_flight 0\n")
+    };
+    mesh_testkit::until("every copy has come to its end", over).await;
+    let copies = v2.seen();
+    assert_eq!((copies.len(), v1.requests()), (120, 120), "no retries, no copies of copies");
+    for copy in &copies {
+        assert_eq!((copy.path.as_str(), copy.header("host")), ("/items?q=1", Some("reviews")));
+        assert_eq!((copy.header("x-mirrored-from"), copy.header("cookie")), (Some("reviews v1"), None));
+    }
+    let mut audited: BTreeMap<String, u32> = BTreeMap::new();
+    for copy in audit.seen() {
+        assert_eq!((copy.header("host"), copy.header("cookie")), (Some("audit.example"), Some("secret=1")));
+        *audited.entry(copy.header("x-user").unwrap().to_owned()).or_default() += 1;
+    }
+    assert!((5..28).contains(&audited.len()), "about a quarter of {users}: {audited:?}");
+    assert!(audited.values().all(|times| *times == 2), "a user is copied always or never: {audited:?}");
+
+    let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
+    let counted = |cluster: &str, outcome: &str| {
+        let name = format!("mesh_mirrored_requests_total{{cluster=\"{cluster}\",outcome=\"{outcome}\"}} ");
+        let line = stats.lines().find_map(|line| line.strip_prefix(name.as_str()));
+        line.unwrap_or_else(|| panic!("no {name} in {stats}")).parse::<usize>().unwrap()
+    };
+    assert_eq!(counted("outbound|80|v2|reviews.default.svc.cluster.local", "answered"), 120);
+    assert_eq!(counted("outbound|80||audit.default.svc.cluster.local", "failed"), audited.len() * 2);
+    let clusters = get_json(admin, "/clusters").await;
+    let shown = clusters["clusters"].as_array().unwrap();
+    let shown =
+        |part: &str| shown.iter().find(|cluster| cluster["name"].as_str().unwrap().contains(part)).unwrap();
+    assert_eq!(shown("|v2|")["mirrored"]["answered"], 120);
+    assert!(shown("|v1|")["mirrored"].is_null());
+    let log = example.log().await;
+    assert_eq!(log.lines().count(), 120, "copies have no line: {log}");
+    assert_eq!(log.matches("\" 200 - via_upstream").count(), 120, "{log}");
+}
+
+#[tokio::test]
+async fn mirror_diffing() {
+    let (v1, v2) = (Echo::start("v1").await, Echo::start("v2").await);
+    let example = Example::start("mirror-diffing.yaml", &[(9081, v1.addr), (9082, v2.addr)]);
+    for at in 0..80 {
+        let answer =
+            example.send("GET", "reviews", &format!("/items/{at}"), "authorization: secret\r\n").await;
+        assert_eq!(answer.status, 200);
+        assert!(answer.body.contains("\"name\":\"v1\""), "{}", answer.body);
+    }
+    let admin = example.sidecar.address("admin");
+    let compared = async || {
+        let found = get_json(admin, "/mirror_diff").await;
+        found["comparisons"][0]["compared"] == 80
+    };
+    mesh_testkit::until("every copy was compared", compared).await;
+    let found = get_json(admin, "/mirror_diff").await;
+    let pair = &found["comparisons"][0];
+    assert_eq!((pair["route"].as_str(), pair["different"].as_u64()), (Some("all"), Some(80)));
+    assert_eq!(pair["mirror"], "outbound|80|v2|reviews.default.svc.cluster.local");
+    assert!(pair["baselines"].as_u64().unwrap() > 0, "{pair}");
+    let place = |name: &str| {
+        let places = pair["places"].as_array().unwrap();
+        places.iter().find(|place| place["place"] == name).unwrap_or_else(|| panic!("no {name} in {pair}"))["noise"]
+            == true
+    };
+    assert!(!place("$.name"), "that is what differs");
+    assert!(place("$.headers.x-mesh-mirrored"), "every copy has it, that for the baseline too");
+    assert_eq!(found["samples"].as_array().unwrap().len(), 80);
+    assert_eq!(found["samples"][0]["mirror"]["status"], 200);
+    let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
+    let series = "mesh_mirror_comparisons_total{route=\"all\",cluster=\"outbound|80|v2|reviews.default.svc.cluster.local\",verdict=\"different\"} 80\n";
+    assert!(stats.contains(series), "{stats}");
+
+    let (status, lines) = mesh_testkit::raw::get(admin, "localhost", "/mirror_diff?captured").await;
+    assert_eq!((status, lines.lines().count()), (200, 80));
+    for line in lines.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let named = |pair: &serde_json::Value| pair[0] == "authorization";
+        assert!(!line["headers"].as_array().unwrap().iter().any(named), "credentials are not written down");
+    }
+    example.dir.write("requests.jsonl", &lines);
+    let file = example.dir.file("requests.jsonl");
+    let replay = async |args: Vec<String>| {
+        let run = move || Command::new(SIDECAR).args(args).output().unwrap();
+        let output = tokio::task::spawn_blocking(run).await.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let args = |against: SocketAddr, baseline: Option<SocketAddr>| {
+        let mut args =
+            vec!["--replay".to_owned(), file.clone(), "--against".to_owned(), format!("http://{against}")];
+        args.extend(baseline.into_iter().flat_map(|url| ["--baseline".to_owned(), format!("http://{url}")]));
+        args
+    };
+    let (code, table, _) = replay(args(v2.addr, Some(v1.addr))).await;
+    assert_eq!(code, Some(1), "{table}");
+    assert!(table.starts_with("80 requests: 0 equal, 0 differ by noise, 80 differ"), "{table}");
+    assert!(table.contains("\nGET reviews/items/0\n  $.name: \"v1\" is now \"v2\"\n"), "{table}");
+    let (code, table, _) = replay(args(v1.addr, Some(v1.addr))).await;
+    assert_eq!(code, Some(0), "{table}");
+    assert!(table.starts_with("80 requests: 80 equal"), "{table}");
+    // What was captured was no copy; what is asked now is, and this service tells.
+    let (code, table, _) = replay(args(v1.addr, None)).await;
+    assert_eq!(code, Some(1), "{table}");
+    let row = table.lines().find(|line| line.starts_with("$.headers.x-mesh-mirrored")).unwrap();
+    assert_eq!(row.split_whitespace().skip(1).collect::<Vec<_>>(), ["added", "80", "0"]);
+    example.dir.write("requests.jsonl", "{}");
+    let (code, _, said) = replay(args(v1.addr, None)).await;
+    assert_eq!(code, Some(1));
+    assert!(said.contains("requests.jsonl:1: response is missing"), "{said}");
+}
+
+#[tokio::test]
+async fn canary() {
+    let mended = Arc::new(AtomicBool::new(false));
+    let sound = Arc::clone(&mended);
+    let v1 = Scripted::start("v1", |_| Reply::After(Duration::from_millis(4), 200)).await;
+    let v2 = Scripted::start("v2", move |seen| {
+        let fails = seen.nth % 3 == 0 && !sound.load(Ordering::Relaxed);
+        Reply::After(Duration::from_millis(4), if fails { 500 } else { 200 })
+    })
+    .await;
+    let example = Example::start("canary.yaml", &[(9081, v1.addr), (9082, v2.addr)]);
+    let (admin, outbound) = (example.sidecar.address("admin"), example.sidecar.address("outbound"));
+    let canary = async || get_json(admin, "/canary").await["canaries"][0].clone();
+    let first = canary().await;
+    assert_eq!(
+        (&first["share"], &first["phase"], &first["run"]),
+        (&20.into(), &"running".into(), &"1".into())
+    );
+    // Eight clients at a time, until the rollout has ended.
+    let end = async || {
+        let ask = async || {
+            let mut clients = tokio::task::JoinSet::new();
+            for _ in 0..8 {
+                clients.spawn(async move {
+                    for _ in 0..10 {
+                        mesh_testkit::raw::get(outbound, "reviews", "/").await;
+                    }
+                });
+            }
+            clients.join_all().await;
+            canary().await["phase"] != "running"
+        };
+        mesh_testkit::until("the end of the rollout", ask).await;
+        canary().await
+    };
+    let shown = end().await;
+    assert_eq!((&shown["share"], &shown["phase"]), (&0.into(), &"rolled_back".into()), "{shown}");
+    let what = shown["events"][0]["what"].as_str().unwrap();
+    assert!(what.starts_with("rolled back, now 0 %: it is "), "{what}");
+    assert!(example.sidecar.stderr().contains(what), "the same is logged");
+    let before = v2.requests();
+    for _ in 0..50 {
+        assert_eq!(example.send("GET", "reviews", "/", "").await.status, 200);
+    }
+    assert_eq!(v2.requests(), before, "nobody is sent there any more");
+    let explained = get_json(admin, "/explain?url=http://reviews/").await;
+    let weights: Vec<_> =
+        explained["decision"]["forward"].as_array().unwrap().iter().map(|to| to["weight"].clone()).collect();
+    assert_eq!(weights, [100, 0]);
+    assert_eq!(explained["decision"]["canary"]["phase"], "rolled_back");
+    let (_, metrics) = mesh_testkit::raw::get(admin, "admin", "/stats/prometheus").await;
+    for line in [
+        "mesh_canary_events_total{event=\"rolled_back\"} 1".to_owned(),
+        "mesh_canary_share{canary=\"default/reviews\"} 0".to_owned(),
+        format!(
+            "mesh_canary_requests_total{{canary=\"default/reviews\",version=\"canary\",result=\"failure\"}} {}",
+            shown["total"]["canary"]["failures"]
+        ),
+    ] {
+        assert!(metrics.contains(&line), "no {line} in {metrics}");
+    }
+
+    // A reload that leaves the rollout as it is changes nothing of it; another run begins with a mended version.
+    let yaml = std::fs::read_to_string(example.dir.file("canary.yaml")).unwrap();
+    let reload = async |yaml: &str, generation: u64| {
+        example.dir.write("canary.yaml", yaml);
+        let applied = async || get_json(admin, "/ready").await["generation"] == generation;
+        mesh_testkit::until("the generation to be in force", applied).await;
+    };
+    reload(&yaml.replace("weight: 100", "weight: 90"), 2).await;
+    let kept = canary().await;
+    assert_eq!((&kept["phase"], &kept["total"]["canary"]), (&shown["phase"], &shown["total"]["canary"]));
+    mended.store(true, Ordering::Relaxed);
+    reload(&yaml.replace("run=1", "run=2"), 3).await;
+    let shown = end().await;
+    assert_eq!((&shown["share"], &shown["phase"]), (&100.into(), &"promoted".into()), "{shown}");
+    let shares: Vec<_> =
+        shown["events"].as_array().unwrap().iter().map(|event| event["share"].clone()).collect();
+    assert_eq!(shares, [50, 100, 100]);
+    let before = v1.requests();
+    for _ in 0..50 {
+        assert_eq!(example.send("GET", "reviews", "/", "").await.body, "v2");
+    }
+    assert_eq!(v1.requests(), before, "everybody is sent to v2");
+    let (_, metrics) = mesh_testkit::raw::get(admin, "admin", "/stats/prometheus").await;
+    assert!(metrics.contains("mesh_canary_events_total{event=\"promoted\"} 1"), "{metrics}");
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@ use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
 
 use crate::balance::{Balancer, Choice, Cursors};
+use crate::canary::CanaryStatus;
 use crate::cluster::Cluster;
 use crate::hash_policy::HashPolicy;
 use crate::request_view::RequestView;
@@ -65,12 +66,14 @@ pub enum Decision {
     NotFound,
     /// It is sent to one of these.
     Forward {
-        /// Every destination with its weight.
+        /// Every destination with its weight; with a canary, its share now.
         destinations: Vec<(u32, ClusterName, Option<Arc<Cluster>>)>,
         /// Index of the one that it is sent to.
         chosen: usize,
         /// What makes it that one.
         by: ChosenBy,
+        /// Where the rollout of the canary stands, which is one of the two.
+        canary: Option<Box<CanaryStatus>>,
     },
     /// It is answered with another place to go.
     Redirect {
@@ -161,11 +164,14 @@ fn decide(route: &Route, request: &RequestView<'_>, conn: &ConnInfo, seed: u64) 
             let picked = forward.choose(key, &mut SmallRng::seed_from_u64(seed));
             let destinations: Vec<_> = forward.destinations.iter().collect();
             let chosen = destinations.iter().position(|(_, to)| std::ptr::eq(*to, picked)).unwrap_or(0);
-            let destinations = destinations
-                .into_iter()
-                .map(|(weight, to)| (weight, to.name.clone(), to.cluster.clone()))
+            let split = forward.canary.as_ref();
+            let weight = |at, written| split.and_then(|split| split.weight(at)).unwrap_or(written);
+            let destinations = (0..)
+                .zip(destinations)
+                .map(|(at, (written, to))| (weight(at, written), to.name.clone(), to.cluster.clone()))
                 .collect();
-            Decision::Forward { destinations, chosen, by }
+            let canary = split.and_then(|split| split.rollout()).map(|rollout| Box::new(rollout.status()));
+            Decision::Forward { destinations, chosen, by, canary }
         }
         ActionKind::Redirect(redirect) => Decision::Redirect {
             status: redirect.code.as_u16(),
@@ -194,11 +200,14 @@ impl fmt::Display for Explanation {
         }
         match &self.decision {
             Decision::NotFound => writeln!(f, "  404 NR route_not_found"),
-            Decision::Forward { destinations, chosen, by } => {
+            Decision::Forward { destinations, chosen, by, canary } => {
                 for (index, (weight, name, cluster)) in destinations.iter().enumerate() {
                     let mark = if index == *chosen { "->" } else { "  " };
                     let known = if cluster.is_some() { "" } else { " (not known: 503 NC)" };
                     writeln!(f, "  {mark} {weight:>3} {name}{known}")?;
+                }
+                if let Some(canary) = canary {
+                    writeln!(f, "     canary {}: {} %, {}", canary.spec.name, canary.share, canary.phase)?;
                 }
                 match by {
                     ChosenBy::Draw => {}
@@ -230,7 +239,7 @@ impl Explanation {
         let unmet = |unmet: &Unmet| json!({"predicate": unmet.predicate, "saw": unmet.seen});
         let decision = match &self.decision {
             Decision::NotFound => json!({"status": 404, "flags": "NR", "details": "route_not_found"}),
-            Decision::Forward { destinations, chosen, by } => {
+            Decision::Forward { destinations, chosen, by, canary } => {
                 let to: Vec<_> = destinations
                     .iter()
                     .enumerate()
@@ -260,7 +269,14 @@ impl Explanation {
                         "endpoint": key.endpoint.map(|endpoint| endpoint.to_string()),
                     })
                 });
-                json!({"forward": to, "sticky": sticky, "endpoint_key": endpoint_key})
+                let canary = canary.as_ref().map(|canary| {
+                    json!({
+                        "name": &*canary.spec.name,
+                        "share": canary.share,
+                        "phase": canary.phase.to_string(),
+                    })
+                });
+                json!({"forward": to, "sticky": sticky, "endpoint_key": endpoint_key, "canary": canary})
             }
             Decision::Redirect { status, location } => json!({"status": status, "location": location}),
             Decision::DirectResponse { status } => json!({"status": status, "details": "direct_response"}),

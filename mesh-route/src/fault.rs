@@ -259,12 +259,7 @@ impl<S> Layer<S> for FaultLayer {
     type Service = InjectFault<S>;
 
     fn layer(&self, inner: S) -> InjectFault<S> {
-        let seed = self.seed.unwrap_or_else(rand::random);
-        InjectFault {
-            inner,
-            draws: Arc::new(Draws { seed, next: AtomicU64::new(0) }),
-            trust_headers: self.trust_headers,
-        }
+        InjectFault { inner, draws: Draws::new(self.seed), trust_headers: self.trust_headers }
     }
 }
 
@@ -276,15 +271,19 @@ pub struct InjectFault<S> {
     trust_headers: bool,
 }
 
-/// A generator for each request with a fault, numbered, so that clones neither repeat one another nor share a lock.
+/// A generator for each request that is drawn for, numbered, so that clones neither repeat one another nor share a lock.
 #[derive(Debug)]
-struct Draws {
+pub(crate) struct Draws {
     seed: u64,
     next: AtomicU64,
 }
 
 impl Draws {
-    fn rng(&self) -> SmallRng {
+    pub(crate) fn new(seed: Option<u64>) -> Arc<Self> {
+        Arc::new(Self { seed: seed.unwrap_or_else(rand::random), next: AtomicU64::new(0) })
+    }
+
+    pub(crate) fn rng(&self) -> SmallRng {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         // The seed is mixed into a whole state, so neighbours have nothing in common.
         SmallRng::seed_from_u64(self.seed.wrapping_add(number))

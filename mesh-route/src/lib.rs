@@ -12,6 +12,7 @@ pub mod canary;
 mod cluster;
 mod connect;
 mod cors;
+pub mod diff;
 mod direct_response;
 pub mod discover;
 mod dispatch;
@@ -27,6 +28,7 @@ mod headers_layer;
 mod index;
 #[cfg(feature = "istio")]
 mod istio;
+pub mod mirror;
 pub mod outlier;
 mod overrides;
 mod percentage;
@@ -39,6 +41,8 @@ mod route;
 mod runtime;
 pub mod select;
 mod shard;
+#[cfg(feature = "simulate")]
+pub mod simulate;
 mod table;
 mod tcp;
 mod timeout;
@@ -61,6 +65,9 @@ pub use fault::{
 pub use hash_policy::{HashCookie, HashPolicy, InvalidHashPolicy, RequestKey};
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
+pub use mirror::{
+    Mirror, MirrorAuthority, MirrorCounters, MirrorLayer, MirrorOutcome, MirrorRequests, Mirroring,
+};
 pub use outlier::OutlierDetection;
 pub use percentage::Percentage;
 pub use redirect::{Redirect, RedirectPath, RedirectPort};

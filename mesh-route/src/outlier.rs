@@ -234,6 +234,7 @@ fn reset(counter: &AtomicU32) {
 pub struct Detector {
     hosts: HashMap<SocketAddr, Host>,
     events: VecDeque<Event>,
+    noted: u64,
     ejections: u64,
     prevented: u64,
 }
@@ -395,6 +396,12 @@ impl Detector {
         self.events.iter()
     }
 
+    /// How many decisions there were so far, of which [`events`](Self::events) has the last.
+    #[must_use]
+    pub fn noted(&self) -> u64 {
+        self.noted
+    }
+
     /// Ejections so far.
     #[must_use]
     pub fn ejections(&self) -> u64 {
@@ -412,6 +419,7 @@ impl Detector {
             self.events.pop_front();
         }
         self.events.push_back(Event { at, endpoint, kind });
+        self.noted += 1;
     }
 }
 
@@ -578,6 +586,7 @@ mod tests {
             detector.sweep(now + Duration::from_secs(1000));
         }
         assert_eq!(detector.events().len(), EVENTS);
+        assert_eq!(detector.noted(), 3 + 2 * 1000);
     }
 
     #[test]

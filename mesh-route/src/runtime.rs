@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 use crate::balance::Tables;
 use crate::cluster::{Cluster, ClusterSpec, Discovery, EndpointSpec};
 use crate::endpoint::{Endpoint, EndpointSet, Member};
+use crate::mirror::{MirrorCounters, Mirroring};
 use crate::outlier::{Detector, Observation, OutlierDetection};
 use crate::retry::Recent;
 
@@ -29,6 +30,7 @@ use crate::retry::Recent;
 pub struct Clusters {
     runtimes: Arc<Mutex<HashMap<ClusterName, Weak<ClusterRuntime>>>>,
     tables: Tables,
+    mirroring: Mirroring,
 }
 
 /// The state of one cluster that no configuration defines.
@@ -50,6 +52,8 @@ pub struct ClusterRuntime {
     retried: AtomicU64,
     retry_overflows: AtomicU64,
     recent: Recent,
+    mirroring: Mirroring,
+    mirrors: MirrorCounters,
     detector: Mutex<Detector>,
     /// When the next ejection ends, in nanoseconds since `origin`; the greatest number when nobody is ejected.
     next_return: AtomicU64,
@@ -74,7 +78,8 @@ impl Clusters {
             }
             let known = runtimes.get(cluster.name()).and_then(Weak::upgrade);
             let runtime = known.unwrap_or_else(|| {
-                let runtime = Arc::new(ClusterRuntime::new(cluster.name().clone(), self.tables.clone()));
+                let (tables, mirroring) = (self.tables.clone(), self.mirroring.clone());
+                let runtime = Arc::new(ClusterRuntime::new(cluster.name().clone(), tables, mirroring));
                 runtimes.insert(cluster.name().clone(), Arc::downgrade(&runtime));
                 runtime
             });
@@ -94,6 +99,12 @@ impl Clusters {
         runtimes.retain(|_, runtime| runtime.strong_count() > 0);
     }
 
+    /// What the copies of the process share.
+    #[must_use]
+    pub fn mirroring(&self) -> &Mirroring {
+        &self.mirroring
+    }
+
     /// The runtimes that some generation still holds, in order of name.
     #[must_use]
     pub fn runtimes(&self) -> Vec<Arc<ClusterRuntime>> {
@@ -105,7 +116,7 @@ impl Clusters {
 }
 
 impl ClusterRuntime {
-    fn new(name: ClusterName, tables: Tables) -> Self {
+    fn new(name: ClusterName, tables: Tables, mirroring: Mirroring) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -123,6 +134,8 @@ impl ClusterRuntime {
             retried: AtomicU64::new(0),
             retry_overflows: AtomicU64::new(0),
             recent: Recent::default(),
+            mirroring,
+            mirrors: MirrorCounters::default(),
             detector: Mutex::default(),
             next_return: AtomicU64::new(u64::MAX),
             origin: mesh_core::clock::now(),
@@ -240,6 +253,16 @@ impl ClusterRuntime {
     #[must_use]
     pub fn retry_overflows(&self) -> u64 {
         self.retry_overflows.load(Ordering::Relaxed)
+    }
+
+    /// What became of the copies that this cluster was to get.
+    #[must_use]
+    pub fn mirrors(&self) -> &MirrorCounters {
+        &self.mirrors
+    }
+
+    pub(crate) fn mirroring(&self) -> &Mirroring {
+        &self.mirroring
     }
 
     /// Reads what outlier detection knows; ejections that are over have ended.

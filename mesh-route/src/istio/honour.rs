@@ -35,6 +35,10 @@ const VIRTUAL_SERVICE: &[&str] = &[
     "spec.http[*].headers",
     "spec.http[*].fault",
     "spec.http[*].corsPolicy",
+    "spec.http[*].mirror",
+    "spec.http[*].mirrorPercentage",
+    "spec.http[*].mirrorPercent",
+    "spec.http[*].mirrors",
     "spec.http[*].websocketUpgrade",
 ];
 

@@ -1,13 +1,13 @@
 //! The mesh as one workload sees it: services by host, names, scopes.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use mesh_core::config::{CompileContext, Role};
 use mesh_core::istio::effective::destination_rule::{DestinationRules, EffectivePolicy, MergedRule};
 use mesh_core::istio::effective::host::resolve;
-use mesh_core::istio::effective::sidecar::{allows, allows_some, sidecar_of};
+use mesh_core::istio::effective::sidecar::{allows, allows_rule, sidecar_of};
 use mesh_core::istio::effective::visibility::is_visible;
 use mesh_core::istio::types::mesh_config::MeshConfig;
 use mesh_core::istio::types::sidecar::{OutboundMode, Sidecar};
@@ -123,6 +123,17 @@ impl<'a> Mesh<'a> {
         }
     }
 
+    /// The hosts of Kubernetes' headless services, whose clients choose among the instances by themselves.
+    pub(super) fn headless(&self) -> BTreeSet<String> {
+        let services = self.set.services().iter().filter(|service| service.spec.is_headless());
+        services
+            .map(|service| {
+                let (name, namespace) = (&service.meta.name, &service.meta.namespace);
+                format!("{name}.{namespace}.svc.{}", self.cx.cluster_domain).to_ascii_lowercase()
+            })
+            .collect()
+    }
+
     /// Whether a resource of `namespace` is exported to the workload's.
     pub(super) fn is_exported(&self, export_to: &[String], default: &[String], namespace: &str) -> bool {
         is_visible(export_to, default, namespace, self.namespace())
@@ -133,9 +144,9 @@ impl<'a> Mesh<'a> {
         self.sidecar.is_none_or(|sidecar| allows(sidecar, &self.cx.workload, host, namespace, port))
     }
 
-    /// Whether the workload's Sidecar imports a host of `namespace` at some port.
-    pub(super) fn imports_some(&self, namespace: &str, host: &str) -> bool {
-        self.sidecar.is_none_or(|sidecar| allows_some(sidecar, &self.cx.workload, host, namespace))
+    /// Whether the workload's Sidecar imports a rule for a host of `namespace`.
+    pub(super) fn imports_rule(&self, namespace: &str, host: &str) -> bool {
+        self.sidecar.is_none_or(|sidecar| allows_rule(sidecar, &self.cx.workload, host, namespace))
     }
 
     /// What happens to destinations that nobody knows (SC-02).

@@ -38,14 +38,16 @@ fn protocol(policy: &EffectivePolicy<'_>, mesh: &Mesh<'_>, declared: AppProtocol
     if http.is_some_and(|http| http.use_client_protocol) {
         return UpstreamProtocol::Downstream;
     }
-    let upgrade = match http.map(|http| http.h2_upgrade_policy) {
-        Some(H2UpgradePolicy::Upgrade) => true,
-        Some(H2UpgradePolicy::DoNotUpgrade) => false,
-        Some(H2UpgradePolicy::Default) | None => mesh.config.h2_upgrade_policy == H2UpgradePolicy::Upgrade,
-    };
+    let asked = http.map_or(H2UpgradePolicy::Default, |http| http.h2_upgrade_policy);
+    let of_mesh =
+        asked == H2UpgradePolicy::Default && mesh.config.h2_upgrade_policy == H2UpgradePolicy::Upgrade;
     match declared {
         AppProtocol::Http2 => UpstreamProtocol::Http2,
-        AppProtocol::Http if upgrade => UpstreamProtocol::Http2,
+        AppProtocol::Http if of_mesh => UpstreamProtocol::Http2,
+        // Whose own rule asks for it knows that the port is HTTP; the mesh does not.
+        AppProtocol::Http | AppProtocol::Sniff if asked == H2UpgradePolicy::Upgrade => {
+            UpstreamProtocol::Http2
+        }
         // A gateway does not carry its clients' protocol into the mesh unless it is told to.
         AppProtocol::Sniff if mesh.cx.role == Role::Sidecar => UpstreamProtocol::Downstream,
         AppProtocol::Http | AppProtocol::Tls | AppProtocol::Tcp | AppProtocol::Sniff => {

@@ -155,6 +155,8 @@ impl Lease {
                 return Self::make(shard, spec, endpoint, slot).await;
             }
             tokio::select! {
+                // The same events in the same order: what happens can be replayed.
+                biased;
                 () = changed => {}
                 () = freed => {}
             }

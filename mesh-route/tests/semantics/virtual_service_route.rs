@@ -225,7 +225,7 @@ fn ask_as(user: &str) -> Request<Body> {
 /// Where a request goes, whatever the seed.
 fn version(it: &Compiled, request: &Request<Body>) -> (String, ChosenBy) {
     match it.explain(request).decision {
-        Decision::Forward { destinations, chosen, by } => {
+        Decision::Forward { destinations, chosen, by, .. } => {
             (destinations[chosen].1.subset().unwrap().to_owned(), by)
         }
         other => panic!("{other:?}"),
