@@ -229,10 +229,12 @@ impl HttpBody for Body {
                     if let Some(hook) = &mut this.hook {
                         hook.on_data(data);
                     }
-                } else if let Some(trailers) = frame.trailers_mut()
-                    && let Some(hook) = &mut this.hook
-                {
-                    hook.on_trailers(trailers);
+                } else if let Some(trailers) = frame.trailers_mut() {
+                    if let Some(hook) = &mut this.hook {
+                        hook.on_trailers(trailers);
+                    }
+                    // Nothing follows them, and over HTTP/2 nobody asks whether something does.
+                    this.end(EndOfBody::Complete);
                 }
                 Some(Ok(frame))
             }
@@ -461,6 +463,21 @@ mod tests {
         let record = Record::default();
         drop(Body::empty().with_hook(record.clone()));
         assert_eq!(*record.0.lock().unwrap(), ["complete"]);
+    }
+
+    #[tokio::test]
+    async fn trailers_are_the_end() {
+        let (record, cx) = (Record::default(), context());
+        let frames = [Ok::<_, Error>(Frame::data(Bytes::from("a"))), Ok(Frame::trailers(HeaderMap::new()))];
+        let body = http_body_util::StreamBody::new(futures_util::stream::iter(frames));
+        let mut body = Body::new(body).metered(cx.clone(), Side::Upstream).with_hook(record.clone());
+        for _ in 0..2 {
+            body.frame().await.unwrap().unwrap();
+        }
+        // As hyper does over HTTP/2, which asks no further.
+        drop(body);
+        assert_eq!(*record.0.lock().unwrap(), ["data 1", "complete"]);
+        assert_eq!(cx.flags(), ResponseFlags::NONE, "nobody went away");
     }
 
     #[tokio::test]

@@ -15,11 +15,13 @@ use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
 
 use crate::attempt::{self, Answer, Attempt, Failure};
 use crate::cluster::{ClusterSpec, Discovery};
+use crate::diff::Watch;
 use crate::fault::{AbortKind, Fault};
 use crate::grpc;
 use crate::hash_policy::{HashPolicy, RequestKey};
 use crate::headers::{FormatContext, OwnedHead};
 use crate::headers_layer::AfterRoute;
+use crate::mirror;
 use crate::overrides::Overrides;
 use crate::permit::Permit;
 use crate::request_view::RequestView;
@@ -46,11 +48,14 @@ pub(crate) async fn forward(
     cx.set_upstream(UpstreamInfo::new(destination.name.shared()));
     let known = destination.cluster.as_ref().and_then(|cluster| Some((cluster, cluster.runtime()?)));
     let Some((cluster, runtime)) = known else {
-        return Err(Error::local_reply(
+        let error = Error::local_reply(
             StatusCode::SERVICE_UNAVAILABLE,
             ResponseFlags::NO_CLUSTER_FOUND,
             "cluster_not_found",
-        ));
+        );
+        let mut answer = Err(error);
+        forward.count(destination, cx, &mut answer);
+        return answer;
     };
     if cluster.spec().discovery == Discovery::BlackHole {
         return Err(Error::local_reply(StatusCode::BAD_GATEWAY, ResponseFlags::NONE, "direct_response"));
@@ -71,6 +76,12 @@ pub(crate) async fn forward(
     let overrides = overrides.flatten();
     let grpc = grpc::is_grpc(request.headers());
     let timeouts = Timeouts::of(forward, overrides.as_deref(), request.headers(), grpc, cx);
+    let watch = if forward.mirrors.is_empty() || on_upgrade.is_some() {
+        None
+    } else {
+        mirror::start(shard, forward, (cluster, runtime), cx, timeouts, request)
+    };
+    let after = After::of(head, watch);
     let mut deadline = timeouts
         .route
         .map(|timeout| Deadline::new(shard.timers(), timeout, request.body_mut(), timeout::route));
@@ -89,11 +100,33 @@ pub(crate) async fn forward(
     if let (Some(deadline), Ok(response)) = (deadline, &mut response) {
         attempt::bound(response.body_mut(), deadline);
     }
+    forward.count(destination, cx, &mut response);
     if let (RequestKey::Issued(issued), Ok(response)) = (attempt.key, &mut response) {
         give_cookie(cluster.spec(), issued, response);
     }
+    let head = after.and_then(|after| after.met_by(&mut response));
     apply_response_headers(destination, head, cx, version, &mut response);
     response
+}
+
+/// What waits for the response of a request. In one box, as what most requests do not have.
+struct After {
+    head: Option<Box<OwnedHead>>,
+    watch: Option<Box<Watch>>,
+}
+
+impl After {
+    fn of(head: Option<Box<OwnedHead>>, watch: Option<Box<Watch>>) -> Option<Box<Self>> {
+        (head.is_some() || watch.is_some()).then(|| Box::new(Self { head, watch }))
+    }
+
+    /// Compared is what the upstream said; what a policy replied is not.
+    fn met_by(self, response: &mut Result<Response<Body>, Error>) -> Option<Box<OwnedHead>> {
+        if let (Some(watch), Ok(response)) = (self.watch, response) {
+            watch.look(response);
+        }
+        self.head
+    }
 }
 
 /// The tries of one request.
@@ -329,7 +362,7 @@ fn take_upgrade(request: &mut Request<Body>) -> Option<OnUpgrade> {
 }
 
 /// Replaces the authority where the request has it.
-fn set_authority(request: &mut Request<Body>, authority: HeaderValue) {
+pub(crate) fn set_authority<B>(request: &mut Request<B>, authority: HeaderValue) {
     if request.uri().authority().is_some() {
         let path = request.uri().path_and_query().cloned();
         *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));

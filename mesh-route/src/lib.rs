@@ -17,6 +17,7 @@ mod circuit_breaker;
 mod cluster;
 mod connect;
 mod cors;
+pub mod diff;
 mod direct_response;
 pub mod discover;
 mod dispatch;
@@ -34,6 +35,7 @@ mod headers_layer;
 mod index;
 #[cfg(feature = "istio")]
 mod istio;
+pub mod mirror;
 pub mod outlier;
 mod overrides;
 mod percentage;
@@ -47,29 +49,34 @@ mod route;
 mod runtime;
 pub mod select;
 mod shard;
+#[cfg(feature = "simulate")]
+pub mod simulate;
 mod table;
 mod tcp;
 mod timeout;
 mod weighted;
 
-pub use balance::{Balance, Balancer, LocalityWeights, NotStatic, WarmUp};
+pub use balance::{Balance, Balancer, LocalityWeights, NotStatic, WarmUp, ZoneAware};
 pub use builder::{BuildError, RouteBuilder, RouteTableBuilder};
 pub use circuit_breaker::{CircuitBreaker, CircuitBreakerLayer};
 pub use cluster::{
-    BalancerKind, Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, PoolSettings, TcpKeepalive,
-    UpstreamProtocol,
+    BalancerKind, Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, Http2Keepalive, PoolSettings,
+    TcpKeepalive, UpstreamProtocol,
 };
 pub use cors::{Cors, CorsLayer, CorsPolicy, CorsPolicyBuilder, InvalidCors, UnmatchedPreflights};
 pub use direct_response::DirectResponse;
 pub use dispatch::dispatch;
 pub use endpoint::{Endpoint, EndpointSet, Member};
-pub use explain::{ChosenBy, Decision, Explanation, PassedOver, explain};
+pub use explain::{ChosenBy, Decision, EndpointKey, Explanation, PassedOver, explain};
 pub use fault::{
     Abort, AbortKind, Delay, Fault, FaultLayer, FaultScope, InjectFault, Injected, InvalidFault,
 };
 pub use hash_policy::{HashCookie, HashPolicy, InvalidHashPolicy, RequestKey};
 pub use headers::HeaderOps;
 pub use headers_layer::{Headers, HeadersLayer};
+pub use mirror::{
+    Mirror, MirrorAuthority, MirrorCounters, MirrorLayer, MirrorOutcome, MirrorRequests, Mirroring,
+};
 pub use outlier::{DetectOutlier, OutlierDetection, OutlierDetectionLayer, OutlierGroup};
 pub use percentage::Percentage;
 pub use pool::upstream_error;

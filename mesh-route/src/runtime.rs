@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 use crate::balance::Tables;
 use crate::cluster::{Cluster, ClusterSpec, Discovery, EndpointSpec};
 use crate::endpoint::{Endpoint, EndpointSet, Member};
+use crate::mirror::{MirrorCounters, Mirroring};
 use crate::outlier::{Detector, Observation, OutlierDetection};
 use crate::permit::Permit;
 use crate::retry::Retries;
@@ -30,6 +31,7 @@ use crate::retry::Retries;
 pub struct Clusters {
     runtimes: Arc<Mutex<HashMap<ClusterName, Weak<ClusterRuntime>>>>,
     tables: Tables,
+    mirroring: Mirroring,
 }
 
 /// The state of one cluster that no configuration defines.
@@ -48,6 +50,8 @@ pub struct ClusterRuntime {
     pub(crate) requests: AtomicU32,
     pub(crate) overflows: AtomicU64,
     retries: Retries,
+    mirroring: Mirroring,
+    mirrors: MirrorCounters,
     detector: Mutex<Detector>,
     /// When the next ejection ends, in nanoseconds since `origin`; the greatest number when nobody is ejected.
     next_return: AtomicU64,
@@ -72,7 +76,8 @@ impl Clusters {
             }
             let known = runtimes.get(cluster.name()).and_then(Weak::upgrade);
             let runtime = known.unwrap_or_else(|| {
-                let runtime = Arc::new(ClusterRuntime::new(cluster.name().clone(), self.tables.clone()));
+                let (tables, mirroring) = (self.tables.clone(), self.mirroring.clone());
+                let runtime = Arc::new(ClusterRuntime::new(cluster.name().clone(), tables, mirroring));
                 runtimes.insert(cluster.name().clone(), Arc::downgrade(&runtime));
                 runtime
             });
@@ -92,6 +97,12 @@ impl Clusters {
         runtimes.retain(|_, runtime| runtime.strong_count() > 0);
     }
 
+    /// What the copies of the process share.
+    #[must_use]
+    pub fn mirroring(&self) -> &Mirroring {
+        &self.mirroring
+    }
+
     /// The runtimes that some generation still holds, in order of name.
     #[must_use]
     pub fn runtimes(&self) -> Vec<Arc<ClusterRuntime>> {
@@ -103,7 +114,7 @@ impl Clusters {
 }
 
 impl ClusterRuntime {
-    fn new(name: ClusterName, tables: Tables) -> Self {
+    fn new(name: ClusterName, tables: Tables, mirroring: Mirroring) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -118,6 +129,8 @@ impl ClusterRuntime {
             requests: AtomicU32::new(0),
             overflows: AtomicU64::new(0),
             retries: Retries::default(),
+            mirroring,
+            mirrors: MirrorCounters::default(),
             detector: Mutex::default(),
             next_return: AtomicU64::new(u64::MAX),
             origin: mesh_core::clock::now(),
@@ -127,7 +140,7 @@ impl ClusterRuntime {
 
     /// One that belongs to no registry, for endpoints that are judged together.
     pub(crate) fn alone(name: ClusterName) -> Self {
-        Self::new(name, Tables::default())
+        Self::new(name, Tables::default(), Mirroring::default())
     }
 
     /// Outlier detection forgets the endpoints that are gone.
@@ -249,6 +262,16 @@ impl ClusterRuntime {
         self.retries.refused()
     }
 
+    /// What became of the copies that this cluster was to get.
+    #[must_use]
+    pub fn mirrors(&self) -> &MirrorCounters {
+        &self.mirrors
+    }
+
+    pub(crate) fn mirroring(&self) -> &Mirroring {
+        &self.mirroring
+    }
+
     /// Reads what outlier detection knows; ejections that are over have ended.
     pub fn with_outliers<T>(&self, read: impl FnOnce(&Detector) -> T) -> T {
         self.let_return(mesh_core::clock::now);
@@ -276,6 +299,10 @@ impl ClusterRuntime {
         endpoints: impl FnOnce() -> usize,
     ) {
         let Some(evidence) = endpoint.failures().observe(config, seen) else { return };
+        // What a request that was under way says of an endpoint that is gone keeps nobody else from being ejected.
+        if endpoint.is_retired() {
+            return;
+        }
         let mut detector = self.detector();
         let now = mesh_core::clock::now();
         if detector.trip(config, endpoint.addr(), evidence, endpoints(), now) {
@@ -369,9 +396,21 @@ impl ClusterRuntime {
         let listed: HashSet<u64> = set.iter().map(|endpoint| endpoint.id()).collect();
         known.retain(|_, endpoint| {
             let Some(endpoint) = endpoint.upgrade() else { return false };
-            endpoint.set_retired(!listed.contains(&endpoint.id()));
+            let is_gone = !listed.contains(&endpoint.id());
+            endpoint.set_retired(is_gone);
+            if is_gone {
+                endpoint.failures().clear();
+                endpoint.set_ejected(false);
+            }
             true
         });
+        drop(known);
+        // Who is gone is none of the ejected any more, or they would keep others from being ejected.
+        let addresses: HashSet<_> = set.iter().map(|endpoint| endpoint.addr()).collect();
+        let mut detector = self.detector();
+        detector.retain(|addr| addresses.contains(addr));
+        self.set_next_return(&detector);
+        drop(detector);
         set
     }
 

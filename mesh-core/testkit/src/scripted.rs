@@ -1,6 +1,7 @@
 //! An upstream that does what a script says, request by request: answers, resets, hangs, fails late.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -70,6 +71,7 @@ pub struct Scripted {
     /// Where it listens.
     pub addr: SocketAddr,
     seen: Arc<Mutex<Vec<Seen>>>,
+    connections: Arc<AtomicUsize>,
     accepting: JoinHandle<()>,
 }
 
@@ -85,8 +87,11 @@ impl Scripted {
         let addr = listener.local_addr().expect("an address");
         let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
         let (log, script) = (Arc::clone(&seen), Arc::new(script));
+        let connections: Arc<AtomicUsize> = Arc::default();
+        let accepted = Arc::clone(&connections);
         let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
+                accepted.fetch_add(1, Ordering::SeqCst);
                 let (log, script) = (Arc::clone(&log), Arc::clone(&script));
                 tokio::spawn(async move {
                     let mut first = [0_u8; 4];
@@ -111,7 +116,13 @@ impl Scripted {
                 });
             }
         });
-        Self { addr, seen, accepting }
+        Self { addr, seen, connections, accepting }
+    }
+
+    /// Connections that it has accepted.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
     }
 
     /// The requests so far.

@@ -142,6 +142,8 @@ impl Lease {
             let mut waiting = Waiting { receiver: waiting, endpoint: endpoint.id(), shard };
             let mut busy = Busy { conn: busy, endpoint: endpoint.id(), shard };
             tokio::select! {
+                // The same events in the same order: what happens can be replayed.
+                biased;
                 () = busy.ready() => {
                     if let Some(conn) = busy.conn.take() {
                         return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });

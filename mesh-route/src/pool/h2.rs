@@ -155,6 +155,8 @@ impl Lease {
                 return Self::make(shard, spec, endpoint, slot).await;
             }
             tokio::select! {
+                // The same events in the same order: what happens can be replayed.
+                biased;
                 () = changed => {}
                 () = freed => {}
             }
@@ -186,13 +188,18 @@ impl Lease {
     ) -> Result<Self, Error> {
         let target = ConnectTarget { addr: endpoint.addr(), tls: spec.tls };
         let (stream, local) = open(shard, &target, &spec.pool).await?;
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(STREAM_WINDOW * 16)
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(upstream_error)?;
+            .initial_connection_window_size(STREAM_WINDOW * 16);
+        if let Some(keepalive) = spec.pool.http2_keepalive {
+            builder
+                .keep_alive_interval(keepalive.interval)
+                .keep_alive_timeout(keepalive.timeout)
+                .keep_alive_while_idle(true);
+        }
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(upstream_error)?;
         let allowed = Arc::new(AtomicU32::new(u32::MAX));
         let changed = shard.lock().h2.get(&endpoint.id()).map(|pool| Arc::clone(&pool.changed));
         let driver = Driver { connection, allowed: Arc::clone(&allowed), changed };
