@@ -1,5 +1,6 @@
 //! The control plane of a process: from files to the generation in force.
 
+use std::any::Any;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,6 +12,7 @@ use mesh_core::istio::types::mesh_config::MeshConfig;
 use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile, UnknownFields};
 use mesh_core::watch::{self, Watcher};
 use mesh_core::{EdgeSettings, ListenerSet, Slot, Snapshots};
+use mesh_route::canary::Canaries;
 use mesh_route::discover::Discoverer;
 use mesh_route::{Clusters, RouteTable, TcpRouteTable};
 
@@ -32,6 +34,9 @@ pub struct Control {
     options: LoadOptions,
     compiler: Compiler<ResourceSet>,
     clusters: Clusters,
+    canaries: Canaries,
+    /// The subsets that the generation in force misses.
+    missing: Vec<Diagnostic>,
     /// The routes that virtual services make.
     pub routes: Slot<RouteTable>,
     /// The routes of what is not HTTP.
@@ -60,6 +65,8 @@ pub struct Loaded {
     pub diagnostics: Vec<Diagnostic>,
     /// What is in force and not enforced by this build.
     pub not_enforced: Vec<Diagnostic>,
+    /// How many documents were skipped, as their kind is no concern of a mesh, in words; `None` for none.
+    pub skipped: Option<String>,
     /// When the generation in force was accepted.
     pub since: Option<SystemTime>,
     /// The settings of the mesh in force.
@@ -123,7 +130,12 @@ impl Control {
         let listeners = compiler.register::<ListenerSet>();
         let edge = compiler.register::<EdgeSettings>();
         let (registry, table, tcp) = (clusters.clone(), routes.clone(), tcp_routes.clone());
+        let canaries = Canaries::new();
+        let rollouts = canaries.clone();
         compiler.before_publish(move |snapshot| {
+            if let Some(table) = snapshot.get(&table) {
+                rollouts.reconcile(table);
+            }
             let http = snapshot.get(&table).map(RouteTable::clusters);
             let tcp = snapshot.get(&tcp).map(TcpRouteTable::clusters);
             for clusters in [http, tcp].into_iter().flatten() {
@@ -132,7 +144,20 @@ impl Control {
             }
         });
         let status = Status::default();
-        Self { sources, options, compiler, clusters, routes, tcp_routes, listeners, edge, status }
+        let missing = Vec::new();
+        Self {
+            sources,
+            options,
+            compiler,
+            clusters,
+            canaries,
+            missing,
+            routes,
+            tcp_routes,
+            listeners,
+            edge,
+            status,
+        }
     }
 
     /// Where snapshots are published.
@@ -145,6 +170,12 @@ impl Control {
     #[must_use]
     pub fn clusters(&self) -> &Clusters {
         &self.clusters
+    }
+
+    /// The rollouts of canaries, which somebody has to run.
+    #[must_use]
+    pub fn canaries(&self) -> &Canaries {
+        &self.canaries
     }
 
     /// What became of the configuration, for the admin endpoints.
@@ -161,31 +192,63 @@ impl Control {
         watch::read(&self.sources.watched())
     }
 
-    /// Compiles what was read, without publishing, and says everything there is to say: what `--check` prints.
+    /// Compiles what was read, without publishing, and says everything there is to say: what `--check` prints. With it
+    /// goes how many documents were skipped, in words.
     #[must_use]
-    pub fn check(&self, files: &[SourceFile]) -> Diagnostics {
+    pub fn check(&self, files: &[SourceFile]) -> (Diagnostics, Option<String>) {
         let (set, diagnostics) = self.load(files);
         let (_, mut diagnostics) = self.compiler.check(&set, diagnostics);
         let unhonoured = set.unhonoured(&diagnostics, Severity::Error);
         diagnostics.extend(unhonoured);
-        diagnostics
+        (diagnostics, skipped(&set))
     }
 
     /// Compiles what was read and publishes it if nothing in it is an error.
     pub fn apply(&mut self, files: &[SourceFile]) -> Outcome {
         let (set, diagnostics) = self.load(files);
-        let outcome = self.compiler.apply(&set, diagnostics);
-        let not_enforced = set.unhonoured(&outcome.diagnostics, Severity::Warning);
-        let (accepted, rejected) = self.compiler.counts();
+        let (models, diagnostics) = self.compiler.check(&set, diagnostics);
+        self.publish(&set, models, diagnostics)
+    }
+
+    /// [`apply`](Self::apply), unless a route names a subset that is not defined and was not missed before: whoever
+    /// applies routes and subsets one after the other must not see requests fail in between. Then nothing changes,
+    /// and what is missing is said.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn apply_if_complete(&mut self, files: &[SourceFile]) -> Result<Outcome, Vec<Diagnostic>> {
+        let (set, diagnostics) = self.load(files);
+        let (models, diagnostics) = self.compiler.check(&set, diagnostics);
+        let mut missing = missing_subsets(&diagnostics);
+        missing.retain(|subset| !self.missing.iter().any(|known| same(subset, known)));
+        if models.is_some() && !missing.is_empty() {
+            return Err(missing);
+        }
+        Ok(self.publish(&set, models, diagnostics))
+    }
+
+    fn publish(
+        &mut self,
+        set: &ResourceSet,
+        models: Option<Vec<Arc<dyn Any + Send + Sync>>>,
+        diagnostics: Diagnostics,
+    ) -> Outcome {
+        let not_enforced = set.unhonoured(&diagnostics, Severity::Warning);
+        // Whoever sees the new generation at work finds it in the status too.
         let mut status = self.status.lock();
+        let outcome = self.compiler.apply_checked(models, diagnostics);
+        let (accepted, rejected) = self.compiler.counts();
         status.generation = outcome.generation;
         (status.accepted, status.rejected) = (accepted, rejected);
         status.diagnostics = outcome.diagnostics.iter().cloned().collect();
         if outcome.accepted {
             status.not_enforced = not_enforced;
+            status.skipped = skipped(set);
             status.since = Some(SystemTime::now());
             status.access_log_file.clone_from(&set.mesh_config().access_log_file);
+            self.missing = missing_subsets(&outcome.diagnostics);
         }
+        drop(status);
         outcome
     }
 
@@ -218,4 +281,25 @@ impl Control {
         diagnostics.honour_mesh("accessLogFile");
         (set, diagnostics)
     }
+}
+
+/// What is said of subsets that routes name and nothing defines.
+fn missing_subsets<'d>(diagnostics: impl IntoIterator<Item = &'d Diagnostic>) -> Vec<Diagnostic> {
+    let missing = diagnostics.into_iter().filter(|diagnostic| {
+        diagnostic.code == Some("IST0101") && diagnostic.path.ends_with(".destination.subset")
+    });
+    missing.cloned().collect()
+}
+
+/// Whether two findings are of one missing subset, wherever it is named now.
+fn same(one: &Diagnostic, other: &Diagnostic) -> bool {
+    one.resource == other.resource && one.message == other.message
+}
+
+/// The documents that are no concern of a mesh, in one count.
+fn skipped(set: &ResourceSet) -> Option<String> {
+    let kinds = set.skipped();
+    let all: usize = kinds.values().sum();
+    let each: Vec<_> = kinds.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
+    (all > 0).then(|| format!("{all} documents of other kinds are skipped ({})", each.join(", ")))
 }

@@ -10,7 +10,9 @@ pub mod control;
 pub mod demo;
 mod explain;
 mod logging;
+pub mod replay;
 mod run;
+mod simulate;
 
 pub use run::{gateway, sidecar};
 

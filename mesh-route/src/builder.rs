@@ -7,12 +7,14 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, StatusCode};
 use mesh_core::matcher::{HeaderMatcher, InvalidPattern, QueryMatcher, StringMatcher};
 
+use crate::canary::{CanaryPolicy, CanarySpec, InvalidCanary};
 use crate::cluster::Cluster;
 use crate::cors::CorsPolicy;
 use crate::direct_response::DirectResponse;
 use crate::fault::Fault;
 use crate::hash_policy::HashPolicy;
 use crate::headers::{HeaderOps, InvalidHeaderOp};
+use crate::mirror::Mirror;
 use crate::redirect::Redirect;
 use crate::retry::RetryPolicy;
 use crate::rewrite::{PathRewrite, Rewrite};
@@ -36,6 +38,7 @@ pub struct RouteBuilder {
     timeout: Option<Duration>,
     idle_timeout: Option<Duration>,
     sticky: Option<HashPolicy>,
+    canary: Option<(Duration, CanaryPolicy)>,
     retry: RetryPolicy,
     client_overrides: bool,
     rewrite: Option<Box<str>>,
@@ -44,6 +47,7 @@ pub struct RouteBuilder {
     response_set: Vec<(String, String)>,
     fault: Option<Fault>,
     cors: Option<Box<CorsPolicy>>,
+    mirrors: Vec<Mirror>,
 }
 
 /// What cannot be built.
@@ -59,6 +63,9 @@ pub enum BuildError {
     /// A header operation is not accepted.
     #[error(transparent)]
     Header(#[from] InvalidHeaderOp),
+    /// A canary cannot be rolled out so.
+    #[error(transparent)]
+    Canary(#[from] InvalidCanary),
     /// A direct response has a status outside 200 to 599.
     #[error("a direct response has a status from 200 to 599, not {0}")]
     Status(u16),
@@ -97,7 +104,8 @@ impl RouteTableBuilder {
         let mut note = |route: &Route| {
             if let ActionKind::Forward(forward) = &route.action().kind {
                 let named = forward.destinations.iter().filter_map(|(_, to)| to.cluster.clone());
-                for cluster in named {
+                let mirrors = forward.mirrors.iter().filter_map(|mirror| mirror.cluster.clone());
+                for cluster in named.chain(mirrors) {
                     if !clusters.iter().any(|known| Arc::ptr_eq(known, &cluster)) {
                         clusters.push(cluster);
                     }
@@ -129,6 +137,7 @@ impl RouteBuilder {
             timeout: None,
             idle_timeout: None,
             sticky: None,
+            canary: None,
             retry: RetryPolicy::never(),
             client_overrides: false,
             rewrite: None,
@@ -137,6 +146,7 @@ impl RouteBuilder {
             response_set: Vec::new(),
             fault: None,
             cors: None,
+            mirrors: Vec::new(),
         }
     }
 
@@ -222,6 +232,15 @@ impl RouteBuilder {
         self
     }
 
+    /// Rolls the second of the two clusters of [`split`](Self::split) out as a canary, which is looked at after every
+    /// `interval` ([`canary`](crate::canary)). It is called by the name of the route, and the versions by those of their
+    /// clusters. Default weights hold.
+    #[must_use]
+    pub fn canary(mut self, interval: Duration, policy: CanaryPolicy) -> Self {
+        self.canary = Some((interval, policy));
+        self
+    }
+
     /// Follows Envoy's headers for timeouts and retries (`x-envoy-max-retries` and its kin). Only for clients that may
     /// multiply their load. Default no.
     #[must_use]
@@ -265,6 +284,14 @@ impl RouteBuilder {
         self
     }
 
+    /// Copies requests to another cluster, of which the client notices nothing ([`mirror`](crate::mirror)). Several are
+    /// drawn each by itself. Default none.
+    #[must_use]
+    pub fn mirror(mut self, mirror: Mirror) -> Self {
+        self.mirrors.push(mirror);
+        self
+    }
+
     /// Tells browsers which other origins may read the responses ([`CorsLayer`](crate::CorsLayer)). Default nothing.
     #[must_use]
     pub fn cors(mut self, policy: CorsPolicy) -> Self {
@@ -283,15 +310,25 @@ impl RouteBuilder {
     /// Splits the requests over clusters by weight. A single one gets everything; among several, weight 0 gets nothing.
     ///
     /// # Errors
-    /// When there is no cluster, all of several have weight 0, or a header operation is not accepted.
+    /// When there is no cluster, all of several have weight 0, a header operation is not accepted, or a canary cannot be
+    /// rolled out so.
     pub fn split(self, clusters: impl IntoIterator<Item = (u32, Arc<Cluster>)>) -> Result<Route, BuildError> {
         let destinations = clusters.into_iter().map(|(weight, cluster)| (weight, Destination::new(cluster)));
         let mut forward = Forward::new(Weighted::new(destinations)?);
+        if let Some((interval, policy)) = &self.canary {
+            let names: Vec<_> = forward.destinations.iter().map(|(_, to)| to.name.as_str()).collect();
+            let [stable, canary] = names[..] else {
+                return Err(InvalidCanary::Destinations(names.len()).into());
+            };
+            let spec = CanarySpec::new(Arc::clone(&self.name), stable, canary, policy.clone());
+            forward = forward.with_canary(Arc::new(CanarySpec { interval: *interval, ..spec }), 1)?;
+        }
         forward.sticky = self.sticky.clone().map(Box::new);
         forward.timeout = self.timeout;
         forward.idle_timeout = self.idle_timeout;
         forward.retry = self.retry.clone();
         forward.client_overrides = self.client_overrides;
+        forward.mirrors = self.mirrors.clone().into();
         forward.rewrite = Rewrite {
             path: match self.rewrite.clone() {
                 None => PathRewrite::Keep,
@@ -338,10 +375,17 @@ impl RouteBuilder {
 
 #[cfg(test)]
 mod tests {
+    use mesh_core::ClusterName;
+
     use super::*;
+    use crate::cluster::{ClusterSpec, Discovery};
 
     #[test]
     fn what_cannot_be_built_says_why() {
+        let only = Arc::new(Cluster::new(ClusterSpec::new(ClusterName::custom("a"), Discovery::BlackHole)));
+        let canary = RouteBuilder::new("a").canary(Duration::from_secs(1), CanaryPolicy::default());
+        let one = canary.forward(only).unwrap_err();
+        assert_eq!(one, BuildError::Canary(InvalidCanary::Destinations(1)));
         assert_eq!(RouteBuilder::new("a").respond(199, "").unwrap_err(), BuildError::Status(199));
         assert_eq!(RouteBuilder::new("a").split([]).unwrap_err(), BuildError::Weights(InvalidWeights::Empty));
         let route = || RouteBuilder::new("a").respond(200, "").unwrap();

@@ -5,12 +5,15 @@
 //! did not hold and the value that it saw.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mesh_core::{ClusterName, ConnInfo};
 use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
 
+use crate::balance::{Balancer, Choice, Cursors};
+use crate::canary::CanaryStatus;
 use crate::cluster::Cluster;
 use crate::hash_policy::HashPolicy;
 use crate::request_view::RequestView;
@@ -30,6 +33,20 @@ pub struct Explanation {
     pub route: Option<Arc<Route>>,
     /// What is done with the request.
     pub decision: Decision,
+    /// The key by which the destination picks one of its endpoints; `None` where it goes by none.
+    pub endpoint_key: Option<EndpointKey>,
+}
+
+/// The key of a request for a destination with consistent hashing (DR-LB02).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointKey {
+    /// Where it is.
+    pub policy: HashPolicy,
+    /// Its number; `None` when the request has none, so that an endpoint is picked by chance, or by the cookie that the
+    /// client is given.
+    pub hash: Option<u64>,
+    /// The endpoint that it picks now; `None` without a key, and when none is available.
+    pub endpoint: Option<SocketAddr>,
 }
 
 /// A rule that did not take the request.
@@ -49,12 +66,14 @@ pub enum Decision {
     NotFound,
     /// It is sent to one of these.
     Forward {
-        /// Every destination with its weight.
+        /// Every destination with its weight; with a canary, its share now.
         destinations: Vec<(u32, ClusterName, Option<Arc<Cluster>>)>,
         /// Index of the one that it is sent to.
         chosen: usize,
         /// What makes it that one.
         by: ChosenBy,
+        /// Where the rollout of the canary stands, which is one of the two.
+        canary: Option<Box<CanaryStatus>>,
     },
     /// It is answered with another place to go.
     Redirect {
@@ -103,13 +122,34 @@ pub fn explain(table: &RouteTable, request: &RequestView<'_>, conn: &ConnInfo, s
         }
     }
     let decision = route.as_ref().map_or(Decision::NotFound, |route| decide(route, request, conn, seed));
+    let endpoint_key = match &decision {
+        Decision::Forward { destinations, chosen, .. } => destinations
+            .get(*chosen)
+            .and_then(|(.., cluster)| endpoint_key(cluster.as_deref()?, request, conn)),
+        _ => None,
+    };
     Explanation {
         port: lookup.port,
         virtual_host: lookup.virtual_host.map(|host| host.name().to_owned()),
         passed_over,
         route,
         decision,
+        endpoint_key,
     }
+}
+
+fn endpoint_key(cluster: &Cluster, request: &RequestView<'_>, conn: &ConnInfo) -> Option<EndpointKey> {
+    let policy = cluster.spec().hash_policy.clone()?;
+    let hash = policy.hash(request, conn);
+    let pick = |balancer: Arc<Balancer>| {
+        let choice = Choice { hash: Some(hash?), ..Choice::default() };
+        // A key leaves nothing to chance.
+        let mut rng = SmallRng::seed_from_u64(0);
+        let picked = balancer.pick(&choice, &mut Cursors::new(0), &mut rng, mesh_core::clock::now);
+        picked.map(|endpoint| endpoint.addr())
+    };
+    let endpoint = cluster.balancer().and_then(pick);
+    Some(EndpointKey { policy, hash, endpoint })
 }
 
 fn decide(route: &Route, request: &RequestView<'_>, conn: &ConnInfo, seed: u64) -> Decision {
@@ -124,11 +164,14 @@ fn decide(route: &Route, request: &RequestView<'_>, conn: &ConnInfo, seed: u64) 
             let picked = forward.choose(key, &mut SmallRng::seed_from_u64(seed));
             let destinations: Vec<_> = forward.destinations.iter().collect();
             let chosen = destinations.iter().position(|(_, to)| std::ptr::eq(*to, picked)).unwrap_or(0);
-            let destinations = destinations
-                .into_iter()
-                .map(|(weight, to)| (weight, to.name.clone(), to.cluster.clone()))
+            let split = forward.canary.as_ref();
+            let weight = |at, written| split.and_then(|split| split.weight(at)).unwrap_or(written);
+            let destinations = (0..)
+                .zip(destinations)
+                .map(|(at, (written, to))| (weight(at, written), to.name.clone(), to.cluster.clone()))
                 .collect();
-            Decision::Forward { destinations, chosen, by }
+            let canary = split.and_then(|split| split.rollout()).map(|rollout| Box::new(rollout.status()));
+            Decision::Forward { destinations, chosen, by, canary }
         }
         ActionKind::Redirect(redirect) => Decision::Redirect {
             status: redirect.code.as_u16(),
@@ -157,16 +200,28 @@ impl fmt::Display for Explanation {
         }
         match &self.decision {
             Decision::NotFound => writeln!(f, "  404 NR route_not_found"),
-            Decision::Forward { destinations, chosen, by } => {
+            Decision::Forward { destinations, chosen, by, canary } => {
                 for (index, (weight, name, cluster)) in destinations.iter().enumerate() {
                     let mark = if index == *chosen { "->" } else { "  " };
                     let known = if cluster.is_some() { "" } else { " (not known: 503 NC)" };
                     writeln!(f, "  {mark} {weight:>3} {name}{known}")?;
                 }
+                if let Some(canary) = canary {
+                    writeln!(f, "     canary {}: {} %, {}", canary.spec.name, canary.share, canary.phase)?;
+                }
                 match by {
-                    ChosenBy::Draw => Ok(()),
-                    ChosenBy::Key(key) => writeln!(f, "     by its key {key}"),
-                    ChosenBy::DrawWithout(key) => writeln!(f, "     by a draw, for want of the key {key}"),
+                    ChosenBy::Draw => {}
+                    ChosenBy::Key(key) => writeln!(f, "     by its key {key}")?,
+                    ChosenBy::DrawWithout(key) => writeln!(f, "     by a draw, for want of the key {key}")?,
+                }
+                match &self.endpoint_key {
+                    None => Ok(()),
+                    Some(EndpointKey { policy, endpoint: Some(endpoint), .. }) => {
+                        writeln!(f, "     at {endpoint} by its key {policy}")
+                    }
+                    Some(EndpointKey { policy, .. }) => {
+                        writeln!(f, "     at an endpoint by chance, for want of the key {policy}")
+                    }
                 }
             }
             Decision::Redirect { status, location } => writeln!(f, "  {status} {location}"),
@@ -184,7 +239,7 @@ impl Explanation {
         let unmet = |unmet: &Unmet| json!({"predicate": unmet.predicate, "saw": unmet.seen});
         let decision = match &self.decision {
             Decision::NotFound => json!({"status": 404, "flags": "NR", "details": "route_not_found"}),
-            Decision::Forward { destinations, chosen, by } => {
+            Decision::Forward { destinations, chosen, by, canary } => {
                 let to: Vec<_> = destinations
                     .iter()
                     .enumerate()
@@ -206,7 +261,22 @@ impl Explanation {
                     ChosenBy::Key(key) => json!({"key": key.to_string(), "present": true}),
                     ChosenBy::DrawWithout(key) => json!({"key": key.to_string(), "present": false}),
                 };
-                json!({"forward": to, "sticky": sticky})
+                let endpoint_key = self.endpoint_key.as_ref().map(|key| {
+                    json!({
+                        "key": key.policy.to_string(),
+                        "present": key.hash.is_some(),
+                        "hash": key.hash.map(|hash| format!("{hash:016x}")),
+                        "endpoint": key.endpoint.map(|endpoint| endpoint.to_string()),
+                    })
+                });
+                let canary = canary.as_ref().map(|canary| {
+                    json!({
+                        "name": &*canary.spec.name,
+                        "share": canary.share,
+                        "phase": canary.phase.to_string(),
+                    })
+                });
+                json!({"forward": to, "sticky": sticky, "endpoint_key": endpoint_key, "canary": canary})
             }
             Decision::Redirect { status, location } => json!({"status": status, "location": location}),
             Decision::DirectResponse { status } => json!({"status": status, "details": "direct_response"}),

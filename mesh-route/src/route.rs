@@ -8,16 +8,19 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::Response;
 use mesh_core::matcher::{HeaderMatcher, QueryMatcher, StringMatcher};
-use mesh_core::{ConnInfo, PinnedRoute};
+use mesh_core::{Body, ConnInfo, Error, PinnedRoute, RequestContext};
 use rand::Rng;
 
+use crate::canary::{CanarySpec, InvalidCanary, Split};
 use crate::cluster::Cluster;
 use crate::cors::CorsPolicy;
 use crate::direct_response::DirectResponse;
 use crate::fault::Fault;
 use crate::hash_policy::HashPolicy;
 use crate::headers::HeaderOps;
+use crate::mirror::Mirror;
 use crate::redirect::Redirect;
 use crate::request_view::RequestView;
 use crate::retry::RetryPolicy;
@@ -38,6 +41,13 @@ pub(crate) mod policies {
     pub(crate) const HEADERS: u32 = 1;
     pub(crate) const FAULT: u32 = 1 << 1;
     pub(crate) const CORS: u32 = 1 << 2;
+
+    /// Whether the route of a request has this policy.
+    #[inline]
+    pub(crate) fn has<B>(request: &http::Request<B>, policy: u32) -> bool {
+        let context = request.extensions().get::<mesh_core::RequestContext>();
+        context.is_some_and(|context| context.route_policies() & policy != 0)
+    }
 }
 
 /// What a request must be like. Every predicate must hold; no predicate at all matches everything.
@@ -129,6 +139,8 @@ pub struct Forward {
     /// By what a client stays on its destination while weights change (VS-R05); requests without it are drawn. `None`,
     /// the default, draws every request.
     pub sticky: Option<Box<HashPolicy>>,
+    /// Which of two destinations is a canary, whose share holds in the place of the weights.
+    pub(crate) canary: Option<Box<Split>>,
     /// Time for the whole exchange once the request has been received; `None`, the default, is no limit.
     pub timeout: Option<Duration>,
     /// What is changed in path and authority.
@@ -140,6 +152,8 @@ pub struct Forward {
     pub idle_timeout: Option<Duration>,
     /// Whether Envoy's headers for timeouts and retries are followed (VS-T02). Default false.
     pub client_overrides: bool,
+    /// Who gets copies of the requests (VS-P01). Default nobody.
+    pub mirrors: Box<[Mirror]>,
 }
 
 /// One destination of a route.
@@ -242,11 +256,13 @@ impl Forward {
         Self {
             destinations: destinations.named(|to| to.name.as_str()),
             sticky: None,
+            canary: None,
             timeout: None,
             rewrite: Rewrite::default(),
             retry: RetryPolicy::never(),
             idle_timeout: None,
             client_overrides: false,
+            mirrors: Box::default(),
         }
     }
 
@@ -255,8 +271,36 @@ impl Forward {
         self.sticky.as_ref()?.hash(request, conn)
     }
 
+    /// Rolls the destination at this place, 0 or 1, out as a canary ([`canary`](crate::canary)). Its share holds in the
+    /// place of the weights once [`Canaries::reconcile`](crate::canary::Canaries::reconcile) has seen the route.
+    ///
+    /// # Errors
+    /// When there are not two destinations, or a value of the definition is out of its bounds.
+    pub fn with_canary(self, spec: Arc<CanarySpec>, at: usize) -> Result<Self, InvalidCanary> {
+        let split = Split::new(spec, &self.destinations, at)?;
+        Ok(Self { canary: Some(Box::new(split)), ..self })
+    }
+
+    /// Counts the end of a request to one of the destinations, where one of them is a canary.
+    pub(crate) fn count(
+        &self,
+        chosen: &Destination,
+        cx: &RequestContext,
+        answer: &mut Result<Response<Body>, Error>,
+    ) {
+        if let Some(canary) = &self.canary {
+            canary.count(&self.destinations, chosen, cx.received_at(), answer);
+        }
+    }
+
     /// Chooses a destination: by its key if the request has one, else by a draw.
     pub(crate) fn choose(&self, key: Option<u64>, rng: &mut impl Rng) -> &Destination {
+        if let Some(canary) = &self.canary
+            && let Some(at) = canary.choose(&self.destinations, key, rng)
+            && let Some(chosen) = self.destinations.get(at)
+        {
+            return chosen;
+        }
         match key {
             Some(key) => self.destinations.pick_by(key),
             None => self.destinations.pick(rng),

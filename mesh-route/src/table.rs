@@ -11,11 +11,12 @@ use std::sync::Arc;
 use mesh_core::matcher::{DuplicateHost, HostMap};
 use mesh_core::{ConnInfo, Direction};
 
+use crate::canary::Split;
 use crate::cluster::Cluster;
 use crate::index::Index;
 use crate::redirect::split_port;
 use crate::request_view::RequestView;
-use crate::route::Route;
+use crate::route::{ActionKind, Route};
 
 /// Every virtual host of one direction.
 #[derive(Clone, Debug)]
@@ -98,6 +99,16 @@ impl RouteTable {
     #[must_use]
     pub fn clusters(&self) -> &[Arc<Cluster>] {
         &self.clusters
+    }
+
+    /// What every rule with a canary has, as often as the rule is in the table.
+    pub(crate) fn canaries(&self) -> impl Iterator<Item = &Split> {
+        let hosts = self.ports.values().chain([&self.any_port]).flat_map(HostMap::iter);
+        let routes = hosts.flat_map(|(_, host)| host.routes()).chain(&self.unknown);
+        routes.filter_map(|route| match &route.action().kind {
+            ActionKind::Forward(forward) => forward.canary.as_deref(),
+            _ => None,
+        })
     }
 
     /// The route that takes a request.

@@ -116,6 +116,11 @@ impl<T> Weighted<T> {
         best.1
     }
 
+    /// The value at a place.
+    pub(crate) fn get(&self, at: usize) -> Option<&T> {
+        self.items.get(at).map(|item| &item.value)
+    }
+
     /// Chooses one. Draws from `rng` only when there is a choice.
     pub fn pick(&self, rng: &mut impl Rng) -> &T {
         let draw = if self.items.len() == 1 { 0 } else { rng.random_range(0..self.total) };

@@ -155,6 +155,7 @@ pub struct Scripted {
     /// Where it listens.
     pub addr: SocketAddr,
     script: Script,
+    connections: Arc<AtomicUsize>,
     accepting: JoinHandle<()>,
 }
 
@@ -170,8 +171,11 @@ impl Scripted {
         let addr = listener.local_addr().expect("an address");
         let script = Script::new(name, script);
         let serving = script.clone();
+        let connections: Arc<AtomicUsize> = Arc::default();
+        let accepted = Arc::clone(&connections);
         let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
+                accepted.fetch_add(1, Ordering::SeqCst);
                 let script = serving.clone();
                 tokio::spawn(async move {
                     let mut first = [0_u8; 4];
@@ -180,7 +184,13 @@ impl Scripted {
                 });
             }
         });
-        Self { addr, script, accepting }
+        Self { addr, script, connections, accepting }
+    }
+
+    /// Connections that it has accepted.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
     }
 
     /// The requests so far.

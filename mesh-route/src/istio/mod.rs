@@ -6,6 +6,8 @@
 //! reported as not enforced.
 
 mod annotations;
+mod attach;
+mod canary;
 mod clusters;
 mod cors;
 mod delegate;
@@ -16,9 +18,11 @@ mod http;
 mod l4;
 mod load_balancer;
 mod mesh;
+mod mirror;
 mod outbound;
 mod policy;
 mod retry;
+mod zone_aware;
 
 use mesh_core::Direction;
 use mesh_core::config::{Compile, CompileContext, Rejected, Role};
@@ -33,7 +37,10 @@ impl Compile<ResourceSet> for RouteTable {
         honour::honour(set, diags);
         fault::annotations(set, diags);
         load_balancer::check(set, diags);
+        mirror::check(set, diags);
+        attach::check(set, diags);
         let mesh = mesh::Mesh::new(set, cx);
+        canary::check(&mesh, diags);
         let mut clusters = clusters::Clusters::new(&mesh);
         let mut table = match cx.role {
             Role::Sidecar => outbound::table(&mesh, &mut clusters, diags),

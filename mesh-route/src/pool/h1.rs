@@ -16,7 +16,7 @@ use hyper_util::rt::TokioIo;
 use mesh_core::{Body, ConnectTarget, Error};
 use tokio::sync::{Notify, oneshot};
 
-use super::{ConnMeta, Slot, again, exchange_error, pending};
+use super::{ConnMeta, Slot, again, pending, upstream_error};
 use crate::cluster::ClusterSpec;
 use crate::connect::open;
 use crate::endpoint::Endpoint;
@@ -158,6 +158,8 @@ impl Lease {
             let mut waiting = Waiting { receiver: waiting, endpoint: endpoint.id(), shard };
             let mut busy = Busy { conn: busy, endpoint: endpoint.id(), shard };
             tokio::select! {
+                // The same events in the same order: what happens can be replayed.
+                biased;
                 () = busy.ready() => {
                     if let Some(conn) = busy.conn.take() {
                         return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
@@ -223,7 +225,7 @@ impl Lease {
             .max_buf_size(BUFFER)
             .handshake(TokioIo::new(stream))
             .await
-            .map_err(exchange_error)?;
+            .map_err(upstream_error)?;
         tokio::spawn(async move {
             // What ends it is seen by whoever holds the sender.
             let _ = connection.with_upgrades().await;

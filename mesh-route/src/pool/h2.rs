@@ -15,7 +15,7 @@ use mesh_core::{Body, ConnectTarget, Error};
 use tokio::sync::Notify;
 
 use self::settings::Watched;
-use super::{ConnMeta, Slot, again, exchange_error, pending};
+use super::{ConnMeta, Slot, again, pending, upstream_error};
 use crate::cluster::ClusterSpec;
 use crate::connect::open;
 use crate::endpoint::Endpoint;
@@ -156,6 +156,8 @@ impl Lease {
                 return Self::make(shard, spec, endpoint, slot).await;
             }
             tokio::select! {
+                // The same events in the same order: what happens can be replayed.
+                biased;
                 () = changed => {}
                 () = freed => {}
             }
@@ -190,13 +192,18 @@ impl Lease {
         let allowed = Arc::new(AtomicU32::new(u32::MAX));
         let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
         let stream = Watched::new(stream, slot, Arc::clone(&allowed), changed);
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(STREAM_WINDOW * 16)
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(exchange_error)?;
+            .initial_connection_window_size(STREAM_WINDOW * 16);
+        if let Some(keepalive) = spec.pool.http2_keepalive {
+            builder
+                .keep_alive_interval(keepalive.interval)
+                .keep_alive_timeout(keepalive.timeout)
+                .keep_alive_while_idle(true);
+        }
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(upstream_error)?;
         tokio::spawn(async move {
             // What ends it is seen by whoever holds a sender.
             let _ = connection.await;

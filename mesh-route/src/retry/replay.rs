@@ -59,27 +59,36 @@ impl Replay {
             }
             record
         });
+        Self { body, ..Self::of_head(request) }
+    }
+
+    /// Copies the head alone.
+    pub(crate) fn of_head<B>(request: &Request<B>) -> Self {
         Self {
             method: request.method().clone(),
             uri: request.uri().clone(),
             version: request.version(),
             headers: request.headers().clone(),
-            body,
+            body: None,
         }
     }
 
     /// The request once more; `None` when its body was not kept whole.
     pub(crate) fn request(&self) -> Option<Request<Body>> {
-        let body = match &self.body {
+        Some(self.with_body(match &self.body {
             None => Body::empty(),
             Some(record) => record.lock().replayed()?,
-        };
+        }))
+    }
+
+    /// The head once more, with this body.
+    pub(crate) fn with_body<B>(&self, body: B) -> Request<B> {
         let mut request = Request::new(body);
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.uri.clone();
         *request.version_mut() = self.version;
         *request.headers_mut() = self.headers.clone();
-        Some(request)
+        request
     }
 }
 

@@ -4,6 +4,7 @@
 #![cfg(feature = "istio")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod canary;
 mod connection_pool;
 mod cors;
 mod cross_cutting;
@@ -11,9 +12,13 @@ mod destination_rule;
 mod fault;
 mod gateway;
 mod l4;
+mod load_balancing;
 mod mesh_config;
+mod mirror;
+mod mirror_diff;
 mod outlier;
 mod ports;
+mod registry;
 mod retry;
 mod service_entry;
 mod sidecar;
