@@ -3,8 +3,10 @@
 mod settings;
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use http::{Request, Response};
@@ -12,6 +14,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_core::{Body, ConnectTarget, Error};
+use pin_project::pin_project;
 use tokio::sync::Notify;
 
 use self::settings::Watched;
@@ -50,7 +53,8 @@ struct Conn {
 /// One stream of a connection.
 #[derive(Debug)]
 pub(crate) struct Lease {
-    sender: http2::SendRequest<Body>,
+    /// Until the request is sent, and no longer; see [`Lease::send`].
+    sender: Option<http2::SendRequest<Body>>,
     local: Option<std::net::SocketAddr>,
     _stream: Stream,
 }
@@ -104,7 +108,7 @@ impl Conn {
         self.streams.fetch_add(1, Ordering::Relaxed);
         self.meta.served = self.meta.served.saturating_add(1);
         Lease {
-            sender: self.sender.clone(),
+            sender: Some(self.sender.clone()),
             local: self.meta.local,
             _stream: Stream { streams: Arc::clone(&self.streams), changed: Arc::clone(changed) },
         }
@@ -204,9 +208,17 @@ impl Lease {
                 .keep_alive_while_idle(true);
         }
         let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(upstream_error)?;
+        let (pools, id) = (Arc::downgrade(shard), endpoint.id());
         tokio::spawn(async move {
             // What ends it is seen by whoever holds a sender.
             let _ = connection.await;
+            let Some(shard) = pools.upgrade() else { return };
+            let ended: Vec<_> = match shard.lock().h2.get_mut(&id) {
+                Some(pool) => pool.conns.extract_if(.., |conn| conn.sender.is_closed()).collect(),
+                None => Vec::new(),
+            };
+            // Outside the lock: a request that was not taken comes back by this.
+            drop(ended);
         });
         shard.sweep();
         let mut inner = shard.lock();
@@ -224,17 +236,35 @@ impl Lease {
         Ok(lease)
     }
 
-    /// Sends the request, now; the future is that of its response.
+    /// Sends the request, now; the future is that of its response. Called once.
+    ///
+    /// A request that another thread is handing over just when its connection ends is left between the two, and comes
+    /// back only when the last sender of that connection is gone. So neither a lease nor the pool keeps one.
     pub(crate) fn send(
         &mut self,
         request: Request<Body>,
     ) -> impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Body>>>> + use<> {
-        self.sender.try_send_request(request)
+        Handed(self.sender.take().map(|mut sender| sender.try_send_request(request)))
     }
 
     /// Our end of the connection.
     pub(crate) fn local(&self) -> Option<std::net::SocketAddr> {
         self.local
+    }
+}
+
+/// A request that was handed to its connection. Without one there is nothing to wait for, and no end of it.
+#[pin_project]
+struct Handed<F>(#[pin] Option<F>);
+
+impl<F: Future> Future for Handed<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        match self.project().0.as_pin_mut() {
+            Some(handed) => handed.poll(cx),
+            None => Poll::Pending,
+        }
     }
 }
 
