@@ -8,7 +8,9 @@ use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
+use bytes::Bytes;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, criterion_group, criterion_main};
 use http::{Request, Response};
@@ -23,9 +25,10 @@ use mesh_core::{
 use mesh_route::balance::{Choice, Cursors};
 use mesh_route::select::reselect;
 use mesh_route::{
-    Balancer, BalancerKind, Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec, FaultLayer,
-    HeadersLayer, RequestView, Route, RouteAction, RouteBuilder, RouteMatch, RouteTable, SelectRouteLayer,
-    VirtualHost, Weighted,
+    ActionKind, Balance, Balancer, BalancerKind, CircuitBreakerLayer, Cluster, ClusterSpec, Clusters,
+    CorsLayer, Discovery, EndpointSpec, FaultLayer, Forward, HeadersLayer, OutlierDetection, OutlierGroup,
+    RequestView, RetryClass, RetryLayer, RetryOn, RetryPolicy, Route, RouteAction, RouteBuilder, RouteMatch,
+    RouteTable, SelectRouteLayer, TimeoutLayer, VirtualHost, Weighted,
 };
 use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
@@ -177,6 +180,90 @@ fn absent_policies(c: &mut Criterion) {
     group.finish();
 }
 
+/// What dispatch asks of a route and its cluster for a policy that they do not have: the difference to `none`.
+fn absent_in_dispatch(c: &mut Criterion) {
+    let cluster = cluster(1);
+    let action = RouteAction::forward(Arc::clone(&cluster));
+    let ActionKind::Forward(forward) = &action.kind else { unreachable!("it forwards") };
+    let mut group = c.benchmark_group("absent_in_dispatch");
+    group.bench_function("none", |b| b.iter(|| black_box(forward)));
+    group.bench_function("timeout", |b| b.iter(|| black_box(forward).timeout.is_some()));
+    group.bench_function("idle timeout", |b| b.iter(|| black_box(forward).idle_timeout.is_some()));
+    group.bench_function("sticky", |b| b.iter(|| black_box(forward).sticky.is_some()));
+    group.bench_function("retry", |b| {
+        let never = Forward { retry: RetryPolicy::never(), ..forward.clone() };
+        b.iter(|| black_box(&never).retry.class(false, false, true, false) == RetryClass::Never);
+    });
+    group.bench_function("outlier detection", |b| {
+        b.iter(|| black_box(&cluster).spec().outlier_detection.is_some());
+    });
+    group.bench_function("retry budget", |b| b.iter(|| black_box(&cluster).spec().retry_budget.is_some()));
+    group.bench_function("hash policy", |b| b.iter(|| black_box(&cluster).spec().hash_policy.is_some()));
+    group.finish();
+}
+
+/// What a layer by itself costs around a service that answers at once: the difference to `none`, or for a request with a
+/// body to `none, with a body`.
+fn idle_layers(c: &mut Criterion) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    let mut group = c.benchmark_group("idle_layer");
+    let group = &mut group;
+    let retry = |on| RetryLayer::new(RetryPolicy::new(2, RetryOn::parse(on).unwrap())).layer(AtOnce);
+    let empty: fn() -> Body = Body::empty;
+    let full: fn() -> Body = || Body::full(Bytes::from_static(b"abc"));
+    idle(group, "none", empty, AtOnce);
+    idle(group, "timeout, absent", empty, TimeoutLayer::default().layer(AtOnce));
+    idle(group, "timeout", empty, TimeoutLayer::new(Duration::from_secs(15)).layer(AtOnce));
+    idle(group, "retry, absent", empty, RetryLayer::new(RetryPolicy::never()).layer(AtOnce));
+    idle(group, "retry (Connect)", empty, retry("connect-failure"));
+    idle(group, "retry (Head)", empty, retry("5xx"));
+    idle(group, "circuit breaker", empty, CircuitBreakerLayer::new().max_requests(10).layer(AtOnce));
+    let outliers = OutlierGroup::new("a", OutlierDetection::default());
+    let addr = |port| ([127, 0, 0, 1], port).into();
+    idle(group, "outlier detection", empty, outliers.endpoint(addr(1)).layer(AtOnce));
+    let endpoints = Discovery::Static((1..=3).map(|port| EndpointSpec::new(addr(port))).collect());
+    let spec = ClusterSpec::new(ClusterName::custom("b"), endpoints);
+    let balance = Balance::new(spec, &Clusters::new(), |_| AtOnce).unwrap().seeded(1);
+    idle(group, "balance of three", empty, balance);
+    idle(group, "none, with a body", full, AtOnce);
+    idle(group, "retry (Connect), with a body", full, retry("connect-failure"));
+    idle(group, "retry (Replay)", full, retry("5xx"));
+}
+
+fn idle<S>(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, body: fn() -> Body, mut service: S)
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Error>,
+{
+    let mut cx = Context::from_waker(Waker::noop());
+    group.bench_function(name, |b| {
+        b.iter(|| {
+            assert!(service.poll_ready(&mut cx).is_ready());
+            let future = pin!(service.call(mesh_benches::stack::request(body())));
+            let Poll::Ready(Ok(response)) = future.poll(&mut cx) else { panic!("it did not answer") };
+            response.status()
+        });
+    });
+}
+
+/// Answers at once, with a body.
+#[derive(Clone)]
+struct AtOnce;
+
+impl Service<Request<Body>> for AtOnce {
+    type Response = Response<Body>;
+    type Error = Error;
+    type Future = std::future::Ready<Result<Response<Body>, Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request<Body>) -> Self::Future {
+        std::future::ready(Ok(Response::new(Body::full(Bytes::from_static(b"ok")))))
+    }
+}
+
 fn absent<S>(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, kept: &Keep, mut service: S)
 where
     S: Service<Request<()>, Response = Response<()>, Error = Error>,
@@ -228,5 +315,15 @@ fn cluster(endpoints: u16) -> Arc<Cluster> {
     cluster
 }
 
-criterion_group!(benches, route_lookup, routes_of_one_host, choices, picks, absent_policies, stack);
+criterion_group!(
+    benches,
+    route_lookup,
+    routes_of_one_host,
+    choices,
+    picks,
+    absent_policies,
+    absent_in_dispatch,
+    idle_layers,
+    stack
+);
 criterion_main!(benches);

@@ -6,6 +6,7 @@
 )]
 
 pub mod memory;
+pub mod stack;
 
 use std::fmt::Write as _;
 

@@ -10,18 +10,21 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{Request, Response};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
+use mesh_benches::stack::{ALL, ALL_ANSWERS, EACH, Idle, NONE, RETRY_ANSWERS, RETRY_CONNECT};
 use mesh_core::{
     Body, CatchPanicLayer, ClusterName, Direction, EdgeSettings, Error, LocalReplyLayer, NormalizeLayer,
     Panics, RequestContext, Slot,
 };
 use mesh_route::select::reselect;
 use mesh_route::{
-    Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec, FaultLayer, HeadersLayer,
-    RouteBuilder, RouteTable, SelectRouteLayer, Shard, dispatch,
+    Balance, CircuitBreakerLayer, Cluster, ClusterSpec, Clusters, CorsLayer, Discovery, EndpointSpec,
+    FaultLayer, HeadersLayer, OutlierDetection, OutlierGroup, RetryLayer, RetryOn, RetryPolicy, RouteBuilder,
+    RouteTable, SelectRouteLayer, Shard, TimeoutLayer, dispatch,
 };
 use mesh_telemetry::access_log::{AccessLogLayer, AccessLogSink};
 use tower::{Layer, Service, ServiceExt as _};
@@ -119,7 +122,7 @@ where
     per_request(select.layer(layer.layer(Ready))).await - per_request(select.layer(Ready)).await
 }
 
-/// Answers at once.
+/// Answers at once, with a body, as guards live in bodies.
 #[derive(Clone)]
 struct Ready;
 
@@ -133,7 +136,7 @@ impl Service<Request<Body>> for Ready {
     }
 
     fn call(&mut self, _: Request<Body>) -> Self::Future {
-        std::future::ready(Ok(Response::new(Body::empty())))
+        std::future::ready(Ok(Response::new(Body::from("ok"))))
     }
 }
 
@@ -204,6 +207,11 @@ async fn measured() -> BTreeMap<&'static str, f64> {
     let (sink, writer) = AccessLogSink::new();
     std::thread::spawn(move || writer.run(std::io::sink()));
     let edge = Slot::fixed(EdgeSettings::default());
+    let retry = |on| RetryLayer::new(RetryPolicy::new(2, RetryOn::parse(on).unwrap()));
+    let outliers = OutlierGroup::new("a", OutlierDetection::default());
+    let addr = ([127, 0, 0, 1], 1).into();
+    let spec = ClusterSpec::new(ClusterName::custom("a"), Discovery::Static(vec![EndpointSpec::new(addr)]));
+    let balance = Balance::new(spec, &Clusters::new(), |_| Ready).unwrap();
     BTreeMap::from([
         ("AccessLogLayer (off)", of_layer(AccessLogLayer::off()).await),
         ("AccessLogLayer", of_layer(AccessLogLayer::new(sink)).await),
@@ -215,6 +223,13 @@ async fn measured() -> BTreeMap<&'static str, f64> {
         ("CorsLayer", of_policy_layer(CorsLayer::new()).await),
         ("HeadersLayer", of_layer(HeadersLayer::new()).await),
         ("dispatch", of_dispatch().await),
+        ("TimeoutLayer", of_layer(TimeoutLayer::new(Duration::from_secs(15))).await),
+        ("RetryLayer (never)", of_layer(RetryLayer::new(RetryPolicy::never())).await),
+        ("RetryLayer (Connect)", of_layer(retry("connect-failure")).await),
+        ("RetryLayer (Head)", of_layer(retry("5xx")).await),
+        ("CircuitBreakerLayer", of_layer(CircuitBreakerLayer::new().max_requests(10)).await),
+        ("OutlierDetectionLayer", of_layer(outliers.endpoint(addr)).await),
+        ("Balance", per_request(balance).await - per_request(Ready).await),
         ("RequestContext", of_context()),
     ])
 }
@@ -277,4 +292,51 @@ fn the_future_of_a_request_is_small() {
     let bytes = size_of_val(&stack.call(Request::new(Body::empty())));
     println!("the future of the outbound stack: {bytes} bytes");
     assert!(bytes <= 2304, "{bytes} bytes");
+}
+
+/// Allocations of one exchange through the stack with a policy.
+async fn of_stack(idle: Idle, body: fn() -> Body) -> f64 {
+    let mut stack = mesh_benches::stack::to(idle, upstream(), Shard::seeded(1));
+    let mut total = 0;
+    for at in 0..WARM + COUNTED {
+        let mut request = mesh_benches::stack::request(body());
+        request.headers_mut().reserve(16);
+        let before = allocation_counter_now();
+        let response = stack.ready().await.unwrap().call(request).await.unwrap();
+        response.into_body().collect().await.unwrap();
+        if at >= WARM {
+            total += allocation_counter_now() - before;
+        }
+    }
+    total as f64 / COUNTED as f64
+}
+
+/// What a policy that is there and has nothing to do allocates: nothing. What is kept of a request for a retry that an
+/// answer can cause is three: the box of what is kept, and the two of a map of headers.
+#[test]
+fn policies_that_are_idle_allocate_nothing() {
+    on_one_thread(async {
+        let without = of_stack(NONE, Body::empty).await;
+        let nothing = EACH.iter().chain([&ALL]).map(|idle| (idle, 0.0));
+        let a_head = [&RETRY_ANSWERS, &ALL_ANSWERS].map(|idle| (idle, 3.0));
+        for (idle, allowed) in nothing.chain(a_head) {
+            let added = of_stack(*idle, Body::empty).await - without;
+            assert!((added - allowed).abs() < 0.05, "{}: {added}, not {allowed}", idle.name);
+        }
+    });
+}
+
+/// Whatever the body: a route whose retries are of class *Connect* clones, buffers and boxes nothing. Recording a body
+/// of one piece is two more than its head.
+#[test]
+fn vs_y08_each_class_of_retries_allocates_what_it_keeps() {
+    on_one_thread(async {
+        for (body, of_answers) in [(Body::empty as fn() -> Body, 3.0), (|| Body::full("abc"), 5.0)] {
+            let without = of_stack(NONE, body).await;
+            for (idle, allowed) in [(RETRY_CONNECT, 0.0), (RETRY_ANSWERS, of_answers)] {
+                let added = of_stack(idle, body).await - without;
+                assert!((added - allowed).abs() < 0.05, "{}: {added}, not {allowed}", idle.name);
+            }
+        }
+    });
 }

@@ -5,17 +5,19 @@
 
 use std::convert::Infallible;
 use std::fmt::Write as _;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Instant, SystemTime};
 
 use http::header::{ALLOW, CONTENT_TYPE};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
+use mesh_core::config::Workload;
 use mesh_core::diagnostics::{Diagnostic, Severity};
 use mesh_core::server::{HttpStack, Phase, Server};
 use mesh_core::{Body, Direction, EdgeSettings, Slot, Snapshots};
 use mesh_route::canary::Canaries;
-use mesh_route::{RouteTable, TcpRouteTable, dump};
-use mesh_telemetry::access_log::AccessLogSink;
+use mesh_route::diff::Counts;
+use mesh_route::{Clusters, MirrorOutcome, RouteTable, TcpRouteTable, dump};
+use mesh_telemetry::access_log::DroppedLines;
 use serde_json::{Value, json};
 
 use crate::control::Status;
@@ -34,20 +36,24 @@ pub struct Admin {
     pub routes: Slot<RouteTable>,
     /// The routes of what is not HTTP.
     pub tcp_routes: Slot<TcpRouteTable>,
-    /// The routes to the applications, by inbound listener.
-    pub inbound: Vec<Slot<RouteTable>>,
+    /// The run-time state of the clusters.
+    pub clusters: Clusters,
+    /// The routes to the applications, with the port of each.
+    pub inbound: Vec<(u16, Slot<RouteTable>)>,
     /// How requests are normalised.
     pub edge: Slot<EdgeSettings>,
-    /// The listeners.
-    pub server: Arc<Server>,
+    /// The listeners. Weakly, as admin connections outlive them: a drain ends with the server, not with whoever watches.
+    pub server: Weak<Server>,
     /// The side of the workload that virtual services route.
     pub direction: Direction,
-    /// Whom the configuration is compiled for, as the command line says it.
+    /// Whom the configuration is compiled for.
+    pub workload: Workload,
+    /// The same, as the command line says it.
     pub node: Value,
     /// The rollouts of canaries.
     pub canaries: Canaries,
-    /// Where the access log goes, if it is on.
-    pub access_log: Option<AccessLogSink>,
+    /// What the access log dropped, if it is on.
+    pub access_log: Option<DroppedLines>,
     /// When the process began.
     pub started: Instant,
 }
@@ -74,6 +80,8 @@ const PATHS: &[(&str, &str)] = &[
     ("/listeners", "every listener with its address and counters"),
     ("/server_info", "version, workload, uptime"),
     ("/explain?url=http://HOST/PATH", "which rule takes a request, and why not the ones before it"),
+    ("/mirror_diff", "where the answers of mirrors differ from those of the primary; samples"),
+    ("/mirror_diff?captured", "the compared requests, a JSON object a line, for sidecar --replay"),
     ("/stats/prometheus", "counters of the process"),
 ];
 
@@ -103,17 +111,23 @@ impl Admin {
             Port::Status => stats || health,
             Port::Health => health,
         };
+        if !served {
+            return not_found(port);
+        }
+        let Some(server) = self.server.upgrade() else {
+            return text(StatusCode::SERVICE_UNAVAILABLE, "the process ends\n".to_owned());
+        };
         match path {
-            _ if !served => not_found(port),
             "/" => text(StatusCode::OK, index()),
-            "/ready" | "/healthz/ready" => self.ready(),
+            "/ready" | "/healthz/ready" => self.ready(&server),
             "/config_dump" => json(StatusCode::OK, &self.config_dump()),
             "/clusters" => json(StatusCode::OK, &self.clusters()),
             "/canary" => json(StatusCode::OK, &dump::canaries(&self.canaries)),
-            "/listeners" => json(StatusCode::OK, &self.listeners()),
-            "/server_info" => json(StatusCode::OK, &self.server_info()),
+            "/listeners" => json(StatusCode::OK, &listeners(&server)),
+            "/server_info" => json(StatusCode::OK, &self.server_info(&server)),
             "/explain" => self.explain(request.uri().query().unwrap_or("")),
-            "/stats/prometheus" => text(StatusCode::OK, self.prometheus()),
+            "/mirror_diff" => self.mirror_diff(request.uri().query()),
+            "/stats/prometheus" => text(StatusCode::OK, self.prometheus(&server)),
             _ => not_found(port),
         }
     }
@@ -121,7 +135,7 @@ impl Admin {
     fn tables(&self) -> Vec<Arc<RouteTable>> {
         let snapshot = self.snapshots.load();
         std::iter::once(&self.routes)
-            .chain(&self.inbound)
+            .chain(self.inbound.iter().map(|(_, slot)| slot))
             .filter_map(|slot| snapshot.get_shared(slot))
             .collect()
     }
@@ -137,9 +151,9 @@ impl Admin {
         )
     }
 
-    fn ready(&self) -> Response<Body> {
+    fn ready(&self, server: &Server) -> Response<Body> {
         let loaded = self.status.read();
-        let phase = self.server.drain().phase();
+        let phase = server.drain().phase();
         let security: Vec<_> = loaded
             .not_enforced
             .iter()
@@ -177,42 +191,18 @@ impl Admin {
         })
     }
 
-    fn listeners(&self) -> Value {
-        let listeners: Vec<_> = self
-            .server
-            .status()
-            .into_iter()
-            .map(|listener| {
-                json!({
-                    "name": &*listener.name,
-                    "address": listener.address.to_string(),
-                    "direction": listener.direction.as_str(),
-                    "protocol": listener.protocol.as_str(),
-                    "phase": format!("{:?}", listener.phase).to_ascii_lowercase(),
-                    "open": listener.open,
-                    "accepted": listener.accepted,
-                    "refused": listener.refused,
-                    "loops": listener.loops,
-                    "passed_on": listener.passed_on,
-                    "accept_errors": listener.accept_errors,
-                })
-            })
-            .collect();
-        json!({ "listeners": listeners })
-    }
-
-    fn server_info(&self) -> Value {
+    fn server_info(&self, server: &Server) -> Value {
         json!({
             "binary": self.binary,
             "version": env!("CARGO_PKG_VERSION"),
-            "state": format!("{:?}", self.server.drain().phase()).to_ascii_lowercase(),
+            "state": format!("{:?}", server.drain().phase()).to_ascii_lowercase(),
             "uptime_seconds": mesh_core::clock::now().saturating_duration_since(self.started).as_secs(),
             "node": self.node,
         })
     }
 
     fn explain(&self, query: &str) -> Response<Body> {
-        let question = match Question::parse(query) {
+        let mut question = match Question::parse(query) {
             Ok(question) => question,
             Err(reason) => return json(StatusCode::BAD_REQUEST, &json!({ "error": reason })),
         };
@@ -222,19 +212,40 @@ impl Admin {
         };
         let snapshot = self.snapshots.load();
         let slot = match direction {
-            Direction::Inbound => self.inbound.first(),
+            Direction::Inbound => self.inbound_of(question.port).map(|(app, slot)| {
+                question.port = Some(*app);
+                slot
+            }),
             _ => Some(&self.routes),
         };
         let Some(table) = slot.and_then(|slot| snapshot.get(slot)) else {
-            let reason = format!("this process has no {} listener", direction.as_str());
+            let port = question.port.map_or_else(String::new, |port| format!(" for port {port}"));
+            let reason = format!("this process has no {} listener{port}", direction.as_str());
             return json(StatusCode::NOT_FOUND, &json!({ "error": reason }));
         };
         let edge = snapshot.get(&self.edge).copied().unwrap_or_default();
         let seed = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
-        json(StatusCode::OK, &question.answer(table, direction, edge, seed))
+        json(StatusCode::OK, &question.answer(table, direction, edge, &self.workload, seed))
     }
 
-    fn prometheus(&self) -> String {
+    fn mirror_diff(&self, query: Option<&str>) -> Response<Body> {
+        let diffs = self.clusters.mirroring().diffs();
+        match query {
+            None | Some("") => json(StatusCode::OK, &diffs.to_json()),
+            Some("captured") => reply(StatusCode::OK, "application/x-ndjson", diffs.captured()),
+            Some(_) => text(StatusCode::BAD_REQUEST, "known is /mirror_diff?captured\n".to_owned()),
+        }
+    }
+
+    /// The application at this port, or the first one.
+    fn inbound_of(&self, port: Option<u16>) -> Option<&(u16, Slot<RouteTable>)> {
+        match port {
+            None => self.inbound.first(),
+            Some(port) => self.inbound.iter().find(|(app, _)| *app == port),
+        }
+    }
+
+    fn prometheus(&self, server: &Server) -> String {
         let loaded = self.status.read();
         let mut out = String::new();
         let mut metric = |name: &str, kind: &str, help: &str, value: u64| {
@@ -254,22 +265,51 @@ impl Admin {
             "Configurations that were rejected.",
             loaded.rejected,
         );
-        metric("mesh_request_panics_total", "counter", "Panics of requests.", self.server.panics().count());
-        let dropped = self.access_log.as_ref().map_or(0, AccessLogSink::dropped);
+        metric("mesh_request_panics_total", "counter", "Panics of requests.", server.panics().count());
+        let dropped = self.access_log.as_ref().map_or(0, DroppedLines::count);
         metric("mesh_access_log_dropped_total", "counter", "Access log lines that were dropped.", dropped);
         let _ = writeln!(
             out,
             "# HELP mesh_listener_connections Open connections.\n# TYPE mesh_listener_connections gauge"
         );
-        for listener in self.server.status() {
+        for listener in server.status() {
             let _ = writeln!(
                 out,
                 "mesh_listener_connections{{listener=\"{}\"}} {}",
                 listener.name, listener.open
             );
         }
+        self.mirrored(&mut out);
         self.canary_metrics(&mut out);
         out
+    }
+
+    fn mirrored(&self, out: &mut String) {
+        let name = "mesh_mirrored_requests_total";
+        // Writing to a String cannot fail.
+        let _ =
+            writeln!(out, "# HELP {name} Copies for mirrors, by what became of them.\n# TYPE {name} counter");
+        let runtimes = self.clusters.runtimes();
+        for runtime in runtimes.iter().filter(|runtime| !runtime.mirrors().is_empty()) {
+            for outcome in MirrorOutcome::ALL {
+                let (cluster, count) = (runtime.name(), runtime.mirrors().get(outcome));
+                let _ =
+                    writeln!(out, "{name}{{cluster=\"{cluster}\",outcome=\"{}\"}} {count}", outcome.as_str());
+            }
+        }
+        let name = "mesh_mirrored_requests_in_flight";
+        let in_flight = self.clusters.mirroring().in_flight();
+        let _ = writeln!(out, "# HELP {name} Copies in flight.\n# TYPE {name} gauge\n{name} {in_flight}");
+        let name = "mesh_mirror_comparisons_total";
+        let help = "Answers of mirrors that were compared with those of the primary, by what came of it.";
+        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} counter");
+        for Counts { route, mirror, verdicts } in self.clusters.mirroring().diffs().counts() {
+            let route = route.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            for (verdict, count) in verdicts {
+                let labels = format!("route=\"{route}\",cluster=\"{mirror}\",verdict=\"{verdict}\"");
+                let _ = writeln!(out, "{name}{{{labels}}} {count}");
+            }
+        }
     }
 
     fn canary_metrics(&self, out: &mut String) {
@@ -309,6 +349,29 @@ impl Admin {
             }
         }
     }
+}
+
+fn listeners(server: &Server) -> Value {
+    let listeners: Vec<_> = server
+        .status()
+        .into_iter()
+        .map(|listener| {
+            json!({
+                "name": &*listener.name,
+                "address": listener.address.to_string(),
+                "direction": listener.direction.as_str(),
+                "protocol": listener.protocol.as_str(),
+                "phase": format!("{:?}", listener.phase).to_ascii_lowercase(),
+                "open": listener.open,
+                "accepted": listener.accepted,
+                "refused": listener.refused,
+                "loops": listener.loops,
+                "passed_on": listener.passed_on,
+                "accept_errors": listener.accept_errors,
+            })
+        })
+        .collect();
+    json!({ "listeners": listeners })
 }
 
 /// Whether a finding is of a field that security rests on.

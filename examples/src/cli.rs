@@ -20,7 +20,7 @@ pub const APP: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 808
 ///
 /// Without --config it runs a demo: an in-process Bookinfo whose reviews are split 90/10 between v1 and v3.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "sidecar", version, max_term_width = 110)]
+#[command(name = "sidecar", version, max_term_width = 110, after_help = SCENARIO)]
 pub struct Sidecar {
     /// Client side: where the workload sends its requests
     #[arg(long, value_name = "ADDR", default_value_t = OUTBOUND)]
@@ -40,6 +40,19 @@ pub struct Sidecar {
     #[arg(long)]
     pub demo: bool,
 
+    /// Instead of serving, send the requests that /mirror_diff?captured wrote to --against, print where the answers differ
+    /// from the captured ones, and exit 1 if they do
+    #[arg(long, value_name = "FILE", requires = "against")]
+    pub replay: Option<PathBuf>,
+
+    /// The version that --replay asks
+    #[arg(long, value_name = "URL", requires = "replay")]
+    pub against: Option<http::Uri>,
+
+    /// Compare not with the captured answers, but with those of this version; it is asked twice, to learn what is noise
+    #[arg(long, value_name = "URL", requires = "replay")]
+    pub baseline: Option<http::Uri>,
+
     /// What both binaries take.
     #[command(flatten)]
     pub common: Common,
@@ -47,7 +60,7 @@ pub struct Sidecar {
 
 /// A service mesh gateway: serves the Gateway resources that select it.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "gateway", version, max_term_width = 110)]
+#[command(name = "gateway", version, max_term_width = 110, after_help = SCENARIO)]
 pub struct Gateway {
     /// The address that every server binds
     #[arg(long, value_name = "IP", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED))]
@@ -73,7 +86,7 @@ pub struct Common {
     #[arg(long, value_name = "PATH")]
     pub mesh_config: Option<PathBuf>,
 
-    /// Admin endpoints: /ready /config_dump /clusters /listeners /server_info /explain
+    /// Admin endpoints: /ready /config_dump /clusters /listeners /server_info /explain /mirror_diff
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15000")]
     pub admin: SocketAddr,
 
@@ -92,6 +105,15 @@ pub struct Common {
     /// Compile the configuration, print every diagnostic, exit 1 on any error
     #[arg(long)]
     pub check: bool,
+
+    /// Run a scenario against the configuration in virtual time, print what came of it, exit 1 when an expectation of
+    /// it is not met
+    #[arg(long, value_name = "SCENARIO.yaml", conflicts_with = "check")]
+    pub simulate: Option<PathBuf>,
+
+    /// How --simulate prints: text, or json with everything
+    #[arg(long, value_name = "FORMAT", default_value = "text", requires = "simulate", value_parser = parse_format)]
+    pub simulate_format: SimulateFormat,
 
     /// Unknown fields are warnings, not errors
     #[arg(long)]
@@ -155,6 +177,48 @@ pub struct Common {
     #[arg(long, value_name = "NAME", default_value = "cluster.local")]
     pub cluster_domain: String,
 }
+
+/// How a simulation prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SimulateFormat {
+    /// A table.
+    Text,
+    /// Everything, for programs.
+    Json,
+}
+
+/// What `--help` says of scenarios.
+const SCENARIO: &str = "\
+A scenario for --simulate, with every field; but for duration, load[].rate and load[].host all may be left out.
+Requests, endpoints and time are made up, the proxy is this one; the same seed gives the same report.
+
+  apiVersion: mesh.rs/v1alpha1
+  kind: Scenario
+  metadata: {name: two-of-five-fail}
+  spec:
+    seed: 1
+    duration: 120s             # requests are made for so long
+    interval: 10s              # one row of the report
+    drain: 15s                 # how long requests may take after that
+    workers: 2
+    config: [reviews.yaml]     # relative to this file; beside --config and other documents of this file
+    load:                      # open loop
+    - {name: a, rate: 100, arrivals: POISSON, host: reviews:9080, path: '/{user}', method: GET, http2: false,
+       users: 10, headers: {x-user: '{user}'}, body: '', from: 0s, to: 60s, port: 80}   # EVEN; port of a gateway
+    endpoints:                 # selected by addresses, host (in full), subset and labels; what comes later wins
+    - latency: {exponential: {mean: 20ms}}               # or fixed: 20ms, or uniform: {min: 5ms, max: 15ms}
+    - addresses: [10.0.0.1, '10.0.0.2:9080']
+      script:
+      - {from: 20s, to: 60s, latency: {fixed: 2s}, answers: [{percent: 30, status: 503}, {percent: 5, hang: true},
+         {percent: 5, reset: BODY}, {grpcStatus: 14}]}   # reset: HEAD or BODY; without percent what is left
+      - {from: 60s, to: 70s, connect: REFUSE}            # or HANG
+    dns:
+    - {name: reviews.example, from: 0s, addresses: [10.0.1.1]}
+    reload:
+    - {at: 60s, config: [reviews-v2.yaml]}               # in the place of spec.config
+    expect:                    # any of success, failed, amplification, retries, p50, p90, p99, refused, ejections
+    - {name: fine, load: a, from: 0s, to: 20s, success: '>= 99.5%', amplification: '<= 1.3', p99: '< 200ms'}
+";
 
 /// Labels as `k=v,...` gives them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -230,6 +294,14 @@ fn parse_port_mapping(text: &str) -> Result<(u16, u16), String> {
     }
 }
 
+fn parse_format(text: &str) -> Result<SimulateFormat, String> {
+    match text {
+        "text" => Ok(SimulateFormat::Text),
+        "json" => Ok(SimulateFormat::Json),
+        _ => Err("known are text and json".to_owned()),
+    }
+}
+
 fn parse_labels(text: &str) -> Result<Labels, String> {
     text.split(',')
         .filter(|pair| !pair.is_empty())
@@ -255,6 +327,25 @@ mod tests {
     fn the_command_lines_are_sound() {
         Sidecar::command().debug_assert();
         Gateway::command().debug_assert();
+    }
+
+    #[test]
+    fn the_scenario_of_the_help_is_one() {
+        let yaml: String = SCENARIO.lines().skip(2).map(|line| format!("{line}\n")).collect();
+        let file = mesh_core::istio::SourceFile::new("help", yaml);
+        let (set, found) =
+            mesh_core::istio::ResourceSet::load(&[file], &mesh_core::istio::LoadOptions::default());
+        assert!(found.is_empty() && set.scenarios().len() == 1, "{found}");
+    }
+
+    #[test]
+    fn pt_01_the_ports_are_istios() {
+        let args = sidecar(&[]);
+        assert_eq!(args.outbound.to_string(), "127.0.0.1:15001");
+        assert_eq!(args.common.admin.to_string(), "127.0.0.1:15000");
+        assert_eq!(INBOUND.to_string(), "127.0.0.1:15006");
+        // 15090, 15020 and 15021 are bound only when somebody asks for them.
+        assert_eq!((args.common.prometheus, args.common.status, args.common.health), (None, None, None));
     }
 
     #[test]

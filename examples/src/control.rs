@@ -1,5 +1,6 @@
 //! The control plane of a process: from files to the generation in force.
 
+use std::any::Any;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,6 +39,8 @@ pub struct Control {
     compiler: Compiler<ResourceSet>,
     clusters: Clusters,
     canaries: Canaries,
+    /// The subsets that the generation in force misses.
+    missing: Vec<Diagnostic>,
     /// The routes that virtual services make.
     pub routes: Slot<RouteTable>,
     /// The routes of what is not HTTP.
@@ -69,6 +72,8 @@ pub struct Loaded {
     pub diagnostics: Vec<Diagnostic>,
     /// What is in force and not enforced by this build.
     pub not_enforced: Vec<Diagnostic>,
+    /// How many documents were skipped, as their kind is no concern of a mesh, in words; `None` for none.
+    pub skipped: Option<String>,
     /// When the generation in force was accepted.
     pub since: Option<SystemTime>,
     /// The settings of the mesh in force.
@@ -155,12 +160,14 @@ impl Control {
             }
         });
         let status = Status::default();
+        let missing = Vec::new();
         Self {
             sources,
             options,
             compiler,
             clusters,
             canaries,
+            missing,
             routes,
             tcp_routes,
             listeners,
@@ -203,34 +210,66 @@ impl Control {
         watch::read(&self.sources.watched())
     }
 
-    /// Compiles what was read, without publishing, and says everything there is to say: what `--check` prints.
+    /// Compiles what was read, without publishing, and says everything there is to say: what `--check` prints. With it
+    /// goes how many documents were skipped, in words.
     #[must_use]
-    pub fn check(&self, files: &[SourceFile]) -> Diagnostics {
+    pub fn check(&self, files: &[SourceFile]) -> (Diagnostics, Option<String>) {
         let (set, diagnostics) = self.load(files);
         let (_, mut diagnostics) = self.compiler.check(&set, diagnostics);
         let unhonoured = set.unhonoured(&diagnostics, Severity::Error);
         diagnostics.extend(unhonoured);
-        diagnostics
+        (diagnostics, skipped(&set))
     }
 
     /// Compiles what was read and publishes it if nothing in it is an error.
     pub fn apply(&mut self, files: &[SourceFile]) -> Outcome {
         let (set, diagnostics) = self.load(files);
-        let outcome = self.compiler.apply(&set, diagnostics);
-        let not_enforced = set.unhonoured(&outcome.diagnostics, Severity::Warning);
-        let (accepted, rejected) = self.compiler.counts();
+        let (models, diagnostics) = self.compiler.check(&set, diagnostics);
+        self.publish(&set, models, diagnostics)
+    }
+
+    /// [`apply`](Self::apply), unless a route names a subset that is not defined and was not missed before: whoever
+    /// applies routes and subsets one after the other must not see requests fail in between. Then nothing changes,
+    /// and what is missing is said.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn apply_if_complete(&mut self, files: &[SourceFile]) -> Result<Outcome, Vec<Diagnostic>> {
+        let (set, diagnostics) = self.load(files);
+        let (models, diagnostics) = self.compiler.check(&set, diagnostics);
+        let mut missing = missing_subsets(&diagnostics);
+        missing.retain(|subset| !self.missing.iter().any(|known| same(subset, known)));
+        if models.is_some() && !missing.is_empty() {
+            return Err(missing);
+        }
+        Ok(self.publish(&set, models, diagnostics))
+    }
+
+    fn publish(
+        &mut self,
+        set: &ResourceSet,
+        models: Option<Vec<Arc<dyn Any + Send + Sync>>>,
+        diagnostics: Diagnostics,
+    ) -> Outcome {
+        let not_enforced = set.unhonoured(&diagnostics, Severity::Warning);
+        // Whoever sees the new generation at work finds it in the status too.
         let mut status = self.status.lock();
+        let outcome = self.compiler.apply_checked(models, diagnostics);
+        let (accepted, rejected) = self.compiler.counts();
         status.generation = outcome.generation;
         (status.accepted, status.rejected) = (accepted, rejected);
         status.diagnostics = outcome.diagnostics.iter().cloned().collect();
         if outcome.accepted {
             status.not_enforced = not_enforced;
+            status.skipped = skipped(set);
             status.since = Some(SystemTime::now());
             status.access_log_file.clone_from(&set.mesh_config().access_log_file);
             let config = set.mesh_config();
             let named = Some(&config.trust_domain).filter(|named| !named.is_empty());
             self.security.set_trust_domains(named.into_iter().chain(&config.trust_domain_aliases).cloned());
+            self.missing = missing_subsets(&outcome.diagnostics);
         }
+        drop(status);
         outcome
     }
 
@@ -263,4 +302,25 @@ impl Control {
         diagnostics.honour_mesh("accessLogFile");
         (set, diagnostics)
     }
+}
+
+/// What is said of subsets that routes name and nothing defines.
+fn missing_subsets<'d>(diagnostics: impl IntoIterator<Item = &'d Diagnostic>) -> Vec<Diagnostic> {
+    let missing = diagnostics.into_iter().filter(|diagnostic| {
+        diagnostic.code == Some("IST0101") && diagnostic.path.ends_with(".destination.subset")
+    });
+    missing.cloned().collect()
+}
+
+/// Whether two findings are of one missing subset, wherever it is named now.
+fn same(one: &Diagnostic, other: &Diagnostic) -> bool {
+    one.resource == other.resource && one.message == other.message
+}
+
+/// The documents that are no concern of a mesh, in one count.
+fn skipped(set: &ResourceSet) -> Option<String> {
+    let kinds = set.skipped();
+    let all: usize = kinds.values().sum();
+    let each: Vec<_> = kinds.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
+    (all > 0).then(|| format!("{all} documents of other kinds are skipped ({})", each.join(", ")))
 }

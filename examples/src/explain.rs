@@ -3,9 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
+use std::sync::Arc;
+
+use mesh_core::attributes::{Attribute, Attributes, Value as AttributeValue};
+use mesh_core::config::Workload;
 use mesh_core::forwarded;
 use mesh_core::sanitize::{self, Underscores};
-use mesh_core::{ConnInfo, Direction, EdgeSettings};
+use mesh_core::{ConnInfo, Direction, EdgeSettings, RequestContext};
 use mesh_route::{RequestView, RouteTable, explain};
 use serde_json::{Value, json};
 
@@ -14,7 +18,7 @@ use serde_json::{Value, json};
 pub(crate) struct Question {
     pub(crate) direction: Option<Direction>,
     request: Request<()>,
-    port: Option<u16>,
+    pub(crate) port: Option<u16>,
     source_ip: Option<IpAddr>,
 }
 
@@ -34,7 +38,11 @@ impl Question {
         let mut headers = Vec::new();
         let mut port = None;
         let mut source_ip = None;
+        let mut given = Vec::new();
         for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+            if name != "header" && given.contains(&name) {
+                return Err(format!("{name}: is given more than once; only header may be"));
+            }
             match &*name {
                 "direction" => {
                     direction = Some(match &*value {
@@ -72,6 +80,7 @@ impl Question {
                     return Err(format!("{other}: unknown parameter; known are {}", KNOWN.join(", ")));
                 }
             }
+            given.push(name);
         }
         let url = url.ok_or("url: is missing; for example url=http://reviews/")?;
         let mut request = Request::new(());
@@ -89,6 +98,7 @@ impl Question {
         table: &RouteTable,
         direction: Direction,
         edge: EdgeSettings,
+        workload: &Workload,
         seed: u64,
     ) -> Value {
         let mut conn = ConnInfo::unknown(direction);
@@ -135,9 +145,28 @@ impl Question {
                     "query": view.query,
                 }),
             );
+            let context = RequestContext::new(Arc::new(conn), None, mesh_core::clock::now());
+            let request = Request::from_parts(parts.clone(), ());
+            let known = Attributes::new(&context).with_workload(workload).with_request(&request);
+            answer.insert("attributes".to_owned(), attributes(&known));
         }
         answer
     }
+}
+
+/// What policies and telemetry would read of the request before it is sent anywhere, but for maps.
+fn attributes(known: &Attributes<'_>) -> Value {
+    let values = Attribute::ALL.iter().filter_map(|attribute| {
+        let value = match known.get(*attribute)? {
+            AttributeValue::Bool(value) => json!(value),
+            AttributeValue::Int(value) => json!(value),
+            AttributeValue::String(value) => json!(value),
+            AttributeValue::Ip(value) => json!(value),
+            _ => return None,
+        };
+        Some((attribute.name().to_owned(), value))
+    });
+    Value::Object(values.collect())
 }
 
 #[cfg(test)]
@@ -151,6 +180,7 @@ mod tests {
         assert!(Question::parse("method=GET").unwrap_err().starts_with("url: is missing"));
         assert!(Question::parse("url=http://a/&port=x").unwrap_err().starts_with("port:"));
         assert!(Question::parse("url=http://a/&header=x").unwrap_err().starts_with("header:"));
+        assert!(Question::parse("url=http://a/&url=http://b/").unwrap_err().starts_with("url: is given"));
         let whole = "url=http://a/b%3Fc&direction=inbound&method=POST&header=X-A:1&header=X-A:2&port=80&source_ip=10.0.0.1&principal=p&namespace=n&jwt=j";
         assert!(Question::parse(whole).is_ok());
     }

@@ -11,8 +11,10 @@ pub mod credentials;
 pub mod demo;
 mod explain;
 mod logging;
+pub mod replay;
 mod run;
 pub mod security;
+mod simulate;
 
 pub use run::{gateway, sidecar};
 

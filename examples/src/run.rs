@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_core::config::{CompileContext, Role};
 use mesh_core::diagnostics::Severity;
@@ -15,6 +15,7 @@ use mesh_core::istio::SourceFile;
 use mesh_core::server::{
     BindError, DrainTimes, Drained, ListenerProtocol, ListenerSpec, Server, ServerLimits, WithTls, serve_here,
 };
+use mesh_core::watch::VANISHED;
 use mesh_core::{ClusterName, Direction, GatewayListener, Panics, Slot};
 use mesh_route::discover::{Discoverer, SystemResolver};
 use mesh_route::{
@@ -31,7 +32,7 @@ use crate::compose::{self, Parts};
 use crate::control::{Control, Sources};
 use crate::credentials::Places;
 use crate::security::Security;
-use crate::{demo, logging};
+use crate::{demo, logging, replay, simulate};
 
 /// How often the demo says what its applications have seen.
 const DEMO_REPORT: Duration = Duration::from_secs(2);
@@ -54,12 +55,18 @@ impl Failure {
 /// Runs the sidecar to its end.
 #[must_use]
 pub fn sidecar(args: Sidecar) -> ExitCode {
+    if let Some(scenario) = &args.common.simulate {
+        return finish(run_simulation(&args.common, Role::Sidecar, scenario));
+    }
     finish(on_runtime(run_sidecar(args)))
 }
 
 /// Runs the gateway to its end.
 #[must_use]
 pub fn gateway(args: Gateway) -> ExitCode {
+    if let Some(scenario) = &args.common.simulate {
+        return finish(run_simulation(&args.common, Role::Gateway, scenario));
+    }
     finish(on_runtime(run_gateway(args)))
 }
 
@@ -88,8 +95,20 @@ fn finish(result: Result<(), Failure>) -> ExitCode {
     }
 }
 
+fn run_simulation(common: &Common, role: Role, scenario: &Path) -> Result<(), Failure> {
+    let (report, unmet) = simulate::run(common, role, scenario).map_err(Failure::Other)?;
+    // Whoever closed our standard output does not want the rest.
+    let _ = std::io::stdout().lock().write_all(report.as_bytes());
+    if unmet.is_empty() { Ok(()) } else { Err(Failure::Other(unmet)) }
+}
+
 async fn run_sidecar(args: Sidecar) -> Result<(), Failure> {
     logging::init(&args.common.log).map_err(Failure::Usage)?;
+    if let (Some(file), Some(against)) = (&args.replay, &args.against) {
+        let report = replay::run(file, against, args.baseline.as_ref()).await.map_err(Failure::Other)?;
+        print!("{}", report.table());
+        return if report.is_clean() { Ok(()) } else { Err(Failure::other("the answers differ")) };
+    }
     let pairs = args.inbound_pairs().map_err(Failure::Usage)?;
     let mut sources = sources(&args.common)?;
     let bookinfo = if args.runs_demo() {
@@ -191,12 +210,13 @@ struct Proxy {
     sink: Option<AccessLogSink>,
     log_writer: Option<std::thread::JoinHandle<()>>,
     server: Option<Arc<Server>>,
-    inbound: Vec<Slot<RouteTable>>,
+    /// The routes to the applications, with the port of each.
+    inbound: Vec<(u16, Slot<RouteTable>)>,
     /// The clusters to the applications, which no snapshot holds.
     apps: Vec<Arc<Cluster>>,
     addresses: Vec<(String, SocketAddr)>,
     reconciling: Arc<Turns>,
-    started: std::time::Instant,
+    started: Instant,
 }
 
 impl Proxy {
@@ -238,8 +258,11 @@ impl Proxy {
 
     /// Prints every diagnostic; fails on any error.
     fn check(&self) -> Result<(), Failure> {
-        let diagnostics = self.control.check(&self.files);
+        let (diagnostics, skipped) = self.control.check(&self.files);
         print!("{diagnostics}");
+        if let Some(skipped) = skipped {
+            println!("{skipped}");
+        }
         let (errors, all) = (diagnostics.error_count(), diagnostics.len());
         println!("{errors} errors, {} warnings", all - errors);
         if errors == 0 { Ok(()) } else { Err(Failure::Other("the configuration has errors".to_owned())) }
@@ -251,7 +274,8 @@ impl Proxy {
         if !outcome.accepted {
             let mut message = outcome.diagnostics.to_string();
             // Writing to a String cannot fail.
-            let _ = write!(message, "the configuration is not accepted; sidecar --check says the same");
+            let _ =
+                write!(message, "the configuration is not accepted; {} --check says the same", self.binary);
             return Err(Failure::Other(message));
         }
         self.say(&outcome);
@@ -266,8 +290,12 @@ impl Proxy {
             }
         }
         if outcome.accepted {
-            for diagnostic in &self.control.status().read().not_enforced {
+            let loaded = self.control.status().read();
+            for diagnostic in &loaded.not_enforced {
                 tracing::warn!("{diagnostic}");
+            }
+            if let Some(skipped) = &loaded.skipped {
+                tracing::info!("{skipped}");
             }
             tracing::info!(generation = outcome.generation, "configuration accepted");
         } else {
@@ -369,33 +397,36 @@ impl Proxy {
             )
             .map_err(|error| bind_failure(&error, "--inbound"))?;
         self.apps.push(cluster);
-        self.inbound.push(slot);
+        self.inbound.push((app.port(), slot));
         self.addresses.push(("inbound".to_owned(), address));
         Ok(())
     }
 
     fn listen_admin(&mut self) -> Result<SocketAddr, Failure> {
-        let context = self.common.compile_context(Role::Sidecar).workload;
+        let role = if self.binary == "gateway" { Role::Gateway } else { Role::Sidecar };
+        let workload = self.common.compile_context(role).workload;
         let admin = Arc::new(Admin {
             binary: self.binary,
             status: self.control.status().clone(),
             snapshots: self.control.snapshots().clone(),
             routes: self.control.routes.clone(),
             tcp_routes: self.control.tcp_routes.clone(),
+            clusters: self.control.clusters().clone(),
             inbound: self.inbound.clone(),
             edge: self.control.edge.clone(),
-            server: Arc::clone(self.server()?),
-            direction: if self.binary == "gateway" { Direction::Gateway } else { Direction::Outbound },
+            server: Arc::downgrade(self.server()?),
+            direction: role.direction(),
             node: json!({
-                "workload": context.name,
-                "namespace": context.namespace,
-                "service_account": context.service_account,
-                "labels": context.labels,
+                "workload": workload.name,
+                "namespace": workload.namespace,
+                "service_account": workload.service_account,
+                "labels": workload.labels,
                 "compat": self.common.compat.as_str(),
                 "workers": self.common.worker_count(),
             }),
             canaries: self.control.canaries().clone(),
-            access_log: self.sink.clone(),
+            workload,
+            access_log: self.sink.as_ref().map(AccessLogSink::dropped_lines),
             started: self.started,
         });
         let ports = [
@@ -438,18 +469,28 @@ impl Proxy {
         mut applied: impl FnMut(&mut Self),
     ) -> Result<(), Failure> {
         let mut watcher = self.control.watcher(&self.files);
+        // Until when a configuration waits for the rest of it.
+        let mut waits: Option<Instant> = None;
         loop {
+            let mut at_once = false;
             let files = tokio::select! {
                 () = either(&mut signals.terminate, &mut signals.interrupt) => break,
-                Some(()) = signals.hangup.recv() => match &mut watcher {
-                    None => Vec::new(),
-                    Some(watcher) => match watcher.now().await {
-                        Ok(files) => files,
-                        Err(error) => {
-                            tracing::error!(%error, "nothing is loaded; what is in force stays");
-                            continue;
-                        }
-                    },
+                Some(()) = signals.hangup.recv() => {
+                    at_once = true;
+                    match &mut watcher {
+                        None => Vec::new(),
+                        Some(watcher) => match watcher.now().await {
+                            Ok(files) => files,
+                            Err(error) => {
+                                tracing::error!(%error, "nothing is loaded; what is in force stays");
+                                continue;
+                            }
+                        },
+                    }
+                },
+                () = until(waits) => {
+                    at_once = true;
+                    std::mem::take(&mut self.files)
                 },
                 files = async {
                     match &mut watcher {
@@ -460,7 +501,26 @@ impl Proxy {
             };
             self.files = files;
             // Compiling many routes takes a while; the admin endpoints answer meanwhile.
-            let outcome = tokio::task::block_in_place(|| self.control.apply(&self.files));
+            let outcome = tokio::task::block_in_place(|| {
+                if at_once {
+                    Ok(self.control.apply(&self.files))
+                } else {
+                    self.control.apply_if_complete(&self.files)
+                }
+            });
+            let outcome = match outcome {
+                Ok(outcome) => outcome,
+                Err(missing) => {
+                    for diagnostic in missing {
+                        tracing::warn!(
+                            "waiting for up to {VANISHED:?}, what is in force stays: {diagnostic}"
+                        );
+                    }
+                    waits.get_or_insert_with(|| mesh_core::clock::now() + VANISHED);
+                    continue;
+                }
+            };
+            waits = None;
             self.say(&outcome);
             if outcome.accepted {
                 applied(&mut self);
@@ -484,8 +544,10 @@ impl Proxy {
         drop((self, server));
         if let Some(writer) = writer {
             let flushed = tokio::task::spawn_blocking(move || writer.join());
-            // Admin connections may still hold a sink; the log does not keep the process alive.
-            let _ = tokio::time::timeout(Duration::from_secs(1), flushed).await;
+            // Where the log goes may be blocked; it does not keep the process alive.
+            if tokio::time::timeout(Duration::from_secs(1), flushed).await.is_err() {
+                tracing::warn!("the access log was not written to its end");
+            }
         }
         Ok(())
     }
@@ -568,6 +630,13 @@ impl Signals {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
         })
+    }
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -32,6 +32,10 @@ struct Example {
 
 impl Example {
     fn start(name: &str, ports: &[(u16, SocketAddr)]) -> Self {
+        Self::start_as(name, ports, &[])
+    }
+
+    fn start_as(name: &str, ports: &[(u16, SocketAddr)], more: &[&str]) -> Self {
         let file = format!("{}/config/{name}", env!("CARGO_MANIFEST_DIR"));
         let mut yaml = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file}: {error}"));
         for (port, addr) in ports {
@@ -43,7 +47,7 @@ impl Example {
         dir.write(name, &yaml);
         let (config, log) = (dir.file(name), dir.file("access.log"));
         let args = ["--config", &config, "--outbound", ANY, "--admin", ANY, "--access-log", &log];
-        let sidecar = Process::start(SIDECAR, &args);
+        let sidecar = Process::start(SIDECAR, &[&args, more].concat());
         Self { dir, sidecar }
     }
 
@@ -63,6 +67,29 @@ impl Example {
             })
             .collect();
         Answer { status: status[9..12].parse().unwrap(), headers, body: body.to_owned() }
+    }
+
+    /// The name of the application that answers.
+    async fn by(&self, host: &str, headers: &str) -> String {
+        let body = self.send("GET", host, "/", headers).await.body;
+        let name = body.split("\"name\":\"").nth(1).and_then(|rest| rest.split('"').next());
+        name.unwrap_or(&body).to_owned()
+    }
+
+    /// How many of so many requests each application answers.
+    async fn shares(&self, host: &str, count: usize) -> BTreeMap<String, usize> {
+        let mut shares = BTreeMap::new();
+        for _ in 0..count {
+            *shares.entry(self.by(host, "").await).or_default() += 1;
+        }
+        shares
+    }
+
+    /// A cluster as `/clusters` shows it.
+    async fn cluster(&self, host: &str) -> serde_json::Value {
+        let all = get_json(self.sidecar.address("admin"), "/clusters").await;
+        let mut all = all["clusters"].as_array().unwrap().iter();
+        all.find(|one| one["name"].as_str().unwrap().contains(&format!("||{host}."))).unwrap().clone()
     }
 
     /// The lines of the access log, once it has ended.
@@ -253,6 +280,141 @@ async fn sticky_canary() {
 }
 
 #[tokio::test]
+async fn mirroring() {
+    let v1 = Echo::start("v1").await;
+    let v2 = Scripted::start("v2", |_| Reply::Status(500)).await;
+    let audit = Scripted::start("audit", |_| Reply::Reset).await;
+    let ports = [(9081, v1.addr), (9082, v2.addr), (9083, audit.addr)];
+    let example = Example::start("mirroring.yaml", &ports);
+    let path = format!("{}/config/mirroring.yaml", env!("CARGO_MANIFEST_DIR"));
+    let checked = Command::new(SIDECAR).args(["--check", "--config", &path]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&checked.stdout), "0 errors, 0 warnings\n");
+    let users = 60;
+    for _ in 0..2 {
+        for user in 0..users {
+            let headers = format!("x-user: user-{user}\r\ncookie: secret=1\r\n");
+            let answer = example.send("GET", "reviews", "/items?q=1", &headers).await;
+            assert_eq!(answer.status, 200);
+            assert!(
+                answer.body.contains("\"name\":\"v1\"") && answer.body.contains("secret=1"),
+                "{}",
+                answer.body
+            );
+        }
+    }
+    let admin = example.sidecar.address("admin");
+    let over = async || {
+        let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
+        stats.contains("mesh_mirrored_requests_in_flight 0\n")
+    };
+    mesh_testkit::until("every copy has come to its end", over).await;
+    let copies = v2.seen();
+    assert_eq!((copies.len(), v1.requests()), (120, 120), "no retries, no copies of copies");
+    for copy in &copies {
+        assert_eq!((copy.path.as_str(), copy.header("host")), ("/items?q=1", Some("reviews")));
+        assert_eq!((copy.header("x-mirrored-from"), copy.header("cookie")), (Some("reviews v1"), None));
+    }
+    let mut audited: BTreeMap<String, u32> = BTreeMap::new();
+    for copy in audit.seen() {
+        assert_eq!((copy.header("host"), copy.header("cookie")), (Some("audit.example"), Some("secret=1")));
+        *audited.entry(copy.header("x-user").unwrap().to_owned()).or_default() += 1;
+    }
+    assert!((5..28).contains(&audited.len()), "about a quarter of {users}: {audited:?}");
+    assert!(audited.values().all(|times| *times == 2), "a user is copied always or never: {audited:?}");
+
+    let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
+    let counted = |cluster: &str, outcome: &str| {
+        let name = format!("mesh_mirrored_requests_total{{cluster=\"{cluster}\",outcome=\"{outcome}\"}} ");
+        let line = stats.lines().find_map(|line| line.strip_prefix(name.as_str()));
+        line.unwrap_or_else(|| panic!("no {name} in {stats}")).parse::<usize>().unwrap()
+    };
+    assert_eq!(counted("outbound|80|v2|reviews.default.svc.cluster.local", "answered"), 120);
+    assert_eq!(counted("outbound|80||audit.default.svc.cluster.local", "failed"), audited.len() * 2);
+    let clusters = get_json(admin, "/clusters").await;
+    let shown = clusters["clusters"].as_array().unwrap();
+    let shown =
+        |part: &str| shown.iter().find(|cluster| cluster["name"].as_str().unwrap().contains(part)).unwrap();
+    assert_eq!(shown("|v2|")["mirrored"]["answered"], 120);
+    assert!(shown("|v1|")["mirrored"].is_null());
+    let log = example.log().await;
+    assert_eq!(log.lines().count(), 120, "copies have no line: {log}");
+    assert_eq!(log.matches("\" 200 - via_upstream").count(), 120, "{log}");
+}
+
+#[tokio::test]
+async fn mirror_diffing() {
+    let (v1, v2) = (Echo::start("v1").await, Echo::start("v2").await);
+    let example = Example::start("mirror-diffing.yaml", &[(9081, v1.addr), (9082, v2.addr)]);
+    for at in 0..80 {
+        let answer =
+            example.send("GET", "reviews", &format!("/items/{at}"), "authorization: secret\r\n").await;
+        assert_eq!(answer.status, 200);
+        assert!(answer.body.contains("\"name\":\"v1\""), "{}", answer.body);
+    }
+    let admin = example.sidecar.address("admin");
+    let compared = async || {
+        let found = get_json(admin, "/mirror_diff").await;
+        found["comparisons"][0]["compared"] == 80
+    };
+    mesh_testkit::until("every copy was compared", compared).await;
+    let found = get_json(admin, "/mirror_diff").await;
+    let pair = &found["comparisons"][0];
+    assert_eq!((pair["route"].as_str(), pair["different"].as_u64()), (Some("all"), Some(80)));
+    assert_eq!(pair["mirror"], "outbound|80|v2|reviews.default.svc.cluster.local");
+    assert!(pair["baselines"].as_u64().unwrap() > 0, "{pair}");
+    let place = |name: &str| {
+        let places = pair["places"].as_array().unwrap();
+        places.iter().find(|place| place["place"] == name).unwrap_or_else(|| panic!("no {name} in {pair}"))["noise"]
+            == true
+    };
+    assert!(!place("$.name"), "that is what differs");
+    assert!(place("$.headers.x-mesh-mirrored"), "every copy has it, that for the baseline too");
+    assert_eq!(found["samples"].as_array().unwrap().len(), 80);
+    assert_eq!(found["samples"][0]["mirror"]["status"], 200);
+    let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
+    let series = "mesh_mirror_comparisons_total{route=\"all\",cluster=\"outbound|80|v2|reviews.default.svc.cluster.local\",verdict=\"different\"} 80\n";
+    assert!(stats.contains(series), "{stats}");
+
+    let (status, lines) = mesh_testkit::raw::get(admin, "localhost", "/mirror_diff?captured").await;
+    assert_eq!((status, lines.lines().count()), (200, 80));
+    for line in lines.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let named = |pair: &serde_json::Value| pair[0] == "authorization";
+        assert!(!line["headers"].as_array().unwrap().iter().any(named), "credentials are not written down");
+    }
+    example.dir.write("requests.jsonl", &lines);
+    let file = example.dir.file("requests.jsonl");
+    let replay = async |args: Vec<String>| {
+        let run = move || Command::new(SIDECAR).args(args).output().unwrap();
+        let output = tokio::task::spawn_blocking(run).await.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let args = |against: SocketAddr, baseline: Option<SocketAddr>| {
+        let mut args =
+            vec!["--replay".to_owned(), file.clone(), "--against".to_owned(), format!("http://{against}")];
+        args.extend(baseline.into_iter().flat_map(|url| ["--baseline".to_owned(), format!("http://{url}")]));
+        args
+    };
+    let (code, table, _) = replay(args(v2.addr, Some(v1.addr))).await;
+    assert_eq!(code, Some(1), "{table}");
+    assert!(table.starts_with("80 requests: 0 equal, 0 differ by noise, 80 differ"), "{table}");
+    assert!(table.contains("\nGET reviews/items/0\n  $.name: \"v1\" is now \"v2\"\n"), "{table}");
+    let (code, table, _) = replay(args(v1.addr, Some(v1.addr))).await;
+    assert_eq!(code, Some(0), "{table}");
+    assert!(table.starts_with("80 requests: 80 equal"), "{table}");
+    // What was captured was no copy; what is asked now is, and this service tells.
+    let (code, table, _) = replay(args(v1.addr, None)).await;
+    assert_eq!(code, Some(1), "{table}");
+    let row = table.lines().find(|line| line.starts_with("$.headers.x-mesh-mirrored")).unwrap();
+    assert_eq!(row.split_whitespace().skip(1).collect::<Vec<_>>(), ["added", "80", "0"]);
+    example.dir.write("requests.jsonl", "{}");
+    let (code, _, said) = replay(args(v1.addr, None)).await;
+    assert_eq!(code, Some(1));
+    assert!(said.contains("requests.jsonl:1: response is missing"), "{said}");
+}
+
+#[tokio::test]
 async fn canary() {
     let mended = Arc::new(AtomicBool::new(false));
     let sound = Arc::clone(&mended);
@@ -399,4 +561,185 @@ async fn tcp_routing() {
     let (said, _) = site.exchange(peer, "www.example.com", None, b"").await.unwrap();
     assert_eq!(said, "www.example.com");
     assert!(site.exchange(peer, "www.example.org", None, b"").await.is_err());
+}
+
+#[test]
+fn every_configuration_is_checked_without_a_word() {
+    let folder = format!("{}/config", env!("CARGO_MANIFEST_DIR"));
+    let mut checked = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        // That of the demo has the ports of its applications filled in when it runs.
+        if path.ends_with("demo.yaml") {
+            continue;
+        }
+        let said = Command::new(SIDECAR).arg("--check").arg("--config").arg(&path).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&said.stdout), "0 errors, 0 warnings\n", "{}", path.display());
+        checked += 1;
+    }
+    assert!(checked > 10);
+}
+
+#[tokio::test]
+async fn timeouts() {
+    let app = Scripted::start("app", |seen| match seen.path.as_str() {
+        "/reports/slow" => Reply::After(Duration::from_millis(700), 200),
+        "/reports/stalled" => Reply::Stall,
+        "/hangs" => Reply::Hang,
+        _ => Reply::Status(200),
+    })
+    .await;
+    let example = Example::start("timeouts.yaml", &[(9080, app.addr)]);
+    assert_eq!(example.send("GET", "reviews", "/", "").await.status, 200);
+    assert_eq!(app.seen()[0].header("x-envoy-expected-rq-timeout-ms"), Some("200"), "that of the try");
+
+    let before = mesh_core::clock::now();
+    let late = example.send("GET", "reviews", "/hangs", "").await;
+    assert_eq!(late.status, 504);
+    assert!(
+        before.elapsed() >= Duration::from_millis(500),
+        "two tries of 200 ms, and what is left for a third"
+    );
+    let grpc = "content-type: application/grpc\r\ncontent-length: 0\r\n";
+    let late = example.send("POST", "reviews", "/hangs", grpc).await;
+    assert_eq!((late.status, late.header("grpc-status")), (200, Some("14")));
+    let shorter = "x-envoy-upstream-rq-timeout-ms: 50\r\n";
+    let late = example.send("GET", "reviews", "/reports/slow", shorter).await;
+    assert_eq!(late.status, 504, "the client is asked for less patience");
+    assert_eq!(example.send("GET", "reviews", "/reports/slow", "").await.status, 200);
+    let stalled = example.send("GET", "reviews", "/reports/stalled", "").await;
+    assert_eq!(stalled.status, 200, "its head had come");
+    let log = example.log().await;
+    assert_eq!(log.matches("\" 504 UT ").count(), 2, "{log}");
+    assert_eq!(log.matches("\" 200 SI ").count(), 1, "{log}");
+}
+
+#[tokio::test]
+async fn outlier_detection() {
+    let gateway = Scripted::start("gateway", |_| Reply::Status(503)).await;
+    let broken = Scripted::start("broken", |_| Reply::Reset).await;
+    let sound = Scripted::start("sound", |_| Reply::Status(200)).await;
+    let example = Example::start(
+        "outlier-detection.yaml",
+        &[(9080, gateway.addr), (9081, broken.addr), (9082, sound.addr)],
+    );
+    let mut asked = 0;
+    while gateway.requests() < 3 || broken.requests() < 2 {
+        example.send("GET", "reviews", "/", "").await;
+        asked += 1;
+        assert!(asked < 200);
+    }
+    // Now one of three is in, which is less than the share below which all are used again.
+    let cluster = example.cluster("reviews").await;
+    assert_eq!(cluster["priorities"][0]["available"], 1, "{cluster}");
+    assert_eq!(cluster["priorities"][0]["panic"], true, "{cluster}");
+    let why = |at: usize| cluster["endpoints"][at]["ejection"]["why"].as_str().unwrap().to_owned();
+    assert!(why(0).starts_with("3 consecutiveGatewayErrors"), "{}", why(0));
+    assert!(why(1).starts_with("2 consecutiveLocalOriginFailures"), "{}", why(1));
+    assert!(cluster["endpoints"][2]["ejection"].is_null());
+    while gateway.requests() == 3 {
+        example.send("GET", "reviews", "/", "").await;
+        asked += 1;
+        assert!(asked < 400, "in panic everybody is asked again");
+    }
+}
+
+#[tokio::test]
+async fn load_balancing() {
+    let (one, two) = (Echo::start("one").await, Echo::start("two").await);
+    let example =
+        Example::start_as("load-balancing.yaml", &[(9080, one.addr), (9081, two.addr)], &["--workers", "1"]);
+    let turns = example.shares("turns", 40).await;
+    assert_eq!((turns["one"], turns["two"]), (30, 10));
+    let new = example.shares("new", 40).await;
+    assert_eq!((new["one"], new["two"]), (20, 20), "those that appeared together share at once");
+
+    let outbound = example.sidecar.address("outbound");
+    let mut held = TcpStream::connect(outbound).await.unwrap();
+    held.write_all(b"GET /gate HTTP/1.1\r\nhost: least\r\n\r\n").await.unwrap();
+    mesh_testkit::until("a request that lasts", async || one.held() + two.held() == 1).await;
+    let busy = if one.held() == 1 { "one" } else { "two" };
+    let cluster = example.cluster("least").await;
+    let in_flight = |at: usize| cluster["endpoints"][at]["in_flight"].as_u64().unwrap();
+    assert_eq!((cluster["balancer"].as_str(), in_flight(0) + in_flight(1)), (Some("LeastRequest"), 1));
+    let least = example.shares("least", 60).await;
+    // Both draws fall on the busy one in a quarter of the cases: 15, and four standard deviations are 13.
+    assert!(least.get(busy).is_none_or(|count| *count <= 28), "{least:?}");
+
+    assert_eq!(example.cluster("fast").await["balancer"], "PeakEwma");
+    assert_eq!(example.shares("fast", 10).await.values().sum::<usize>(), 10);
+    assert_eq!(example.cluster("new").await["balancing"]["warm_up"]["duration_ms"], 60_000);
+    one.gate.add_permits(1);
+    two.gate.add_permits(1);
+}
+
+#[tokio::test]
+async fn consistent_hash() {
+    let apps = [Echo::start("a").await, Echo::start("b").await, Echo::start("c").await];
+    let ports = [(9080, apps[0].addr), (9081, apps[1].addr), (9082, apps[2].addr)];
+    let example = Example::start_as("consistent-hash.yaml", &ports, &["--workers", "2"]);
+    let mut seen = std::collections::BTreeSet::new();
+    for user in 0..20 {
+        let headers = format!("x-user: user-{user}\r\n");
+        let first = example.by("carts", &headers).await;
+        for _ in 0..3 {
+            assert_eq!(example.by("carts", &headers).await, first, "each on a connection of its own");
+        }
+        seen.insert(first);
+    }
+    assert_eq!(seen.len(), 3);
+    let admin = example.sidecar.address("admin");
+    let explained = get_json(admin, "/explain?url=http://carts/&header=x-user:user-7").await;
+    let key = &explained["decision"]["endpoint_key"];
+    let by = example.by("carts", "x-user: user-7\r\n").await;
+    let picked = ports.iter().zip(["a", "b", "c"]).find(|(_, name)| *name == by).unwrap().0.1;
+    assert_eq!((&key["key"], &key["endpoint"]), (&"header:x-user".into(), &picked.to_string().into()));
+
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..12 {
+        let answer = example.send("GET", "sessions", "/", "").await;
+        let cookie = answer.header("set-cookie").unwrap();
+        let (pair, attributes) = cookie.split_at(cookie.find(';').unwrap());
+        assert_eq!(attributes, "; Max-Age=3600; Path=/; SameSite=Lax; Secure; HttpOnly");
+        let name = |body: &str| body.split("\"name\":\"").nth(1).unwrap()[..1].to_owned();
+        let again = example.send("GET", "sessions", "/", &format!("cookie: {pair}\r\n")).await;
+        assert_eq!((name(&again.body), again.header("set-cookie")), (name(&answer.body), None));
+        seen.insert(name(&answer.body));
+    }
+    assert!(seen.len() > 1, "{seen:?}");
+    assert!(example.by("sessions", "cookie: session=mine\r\n").await.len() == 1, "any value is a key");
+}
+
+#[tokio::test]
+async fn locality() {
+    let near = Scripted::start("near", |seen| {
+        Reply::Status(if seen.header("x-fail").is_some() { 500 } else { 200 })
+    })
+    .await;
+    let (west, eu) = (Echo::start("west").await, Echo::start("eu").await);
+    let here = ["--labels", "app=web,topology.kubernetes.io/region=us,topology.kubernetes.io/zone=east"];
+    let ports = [(9080, near.addr), (9081, west.addr), (9082, eu.addr)];
+    let example = Example::start_as("locality.yaml", &ports, &here);
+    let all = |name: &str, count: usize| BTreeMap::from([(name.to_owned(), count)]);
+
+    assert_eq!(example.shares("details", 20).await, all("near", 20), "each zone has room for its own");
+    let ratings = example.shares("ratings", 200).await;
+    // Four standard deviations of 200 draws with a fifth are 23.
+    assert!(ratings.len() == 2 && ratings["west"].abs_diff(40) < 23, "{ratings:?}");
+    let priorities = example.cluster("ratings").await["priorities"].clone();
+    assert_eq!(priorities[0]["localities"][1], serde_json::json!({"locality": "us/west", "percent": 20.0}));
+
+    assert_eq!(example.shares("reviews", 10).await, all("near", 10));
+    for _ in 0..2 {
+        assert_eq!(example.send("GET", "reviews", "/", "x-fail: 1\r\n").await.status, 500);
+    }
+    assert_eq!(example.shares("reviews", 10).await, all("west", 10), "the region before others");
+    let reviews = example.cluster("reviews").await;
+    let percent = |at: usize| reviews["priorities"][at]["percent"].as_u64().unwrap();
+    assert_eq!([0, 1, 2].map(percent), [0, 100, 0]);
+    assert_eq!(reviews["endpoints"][2]["priority"], 2);
+
+    let elsewhere = ["--labels", "istio-locality=eu.central"];
+    let example = Example::start_as("locality.yaml", &ports, &elsewhere);
+    assert_eq!(example.shares("reviews", 10).await, all("eu", 10));
 }

@@ -240,6 +240,112 @@ async fn h2_what_is_cut_at_the_deadline_is_in_the_access_log() {
     assert!(line.contains(" 200 DC,SI "), "{line}");
 }
 
+/// `app` with two versions, of which one has a subset, and a rule that sends everything to the subset `to`.
+fn versions(one: &Echo, two: &Echo, subsets: &[&str], to: &str) -> (String, String) {
+    let endpoint = |echo: &Echo, version: &str| {
+        format!(
+            "{{address: 127.0.0.1, ports: {{http: {}}}, labels: {{version: {version}}}}}",
+            echo.addr.port()
+        )
+    };
+    let subsets: String =
+        subsets.iter().map(|name| format!("{{name: {name}, labels: {{version: {name}}}}},")).collect();
+    let rule = format!(
+        "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: app}}\nspec:\n  hosts: [app]\n  http: [{{route: [{{destination: {{host: app, subset: {to}}}}}]}}]\n"
+    );
+    let services = format!(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: app}}\nspec:\n  hosts: [app.default.svc.cluster.local]\n  location: MESH_INTERNAL\n  resolution: STATIC\n  ports: [{{number: 80, name: http, protocol: HTTP}}]\n  endpoints: [{}, {}]\n---\napiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: app}}\nspec: {{host: app, subsets: [{subsets}]}}\n",
+        endpoint(one, "v1"),
+        endpoint(two, "v2")
+    );
+    (rule, services)
+}
+
+#[tokio::test]
+async fn x_09_a_subset_that_is_named_before_it_exists_fails_no_request() {
+    let (one, two) = (Echo::start("v1").await, Echo::start("v2").await);
+    let dir = ConfigDir::new();
+    let (rule, services) = versions(&one, &two, &["v1"], "v1");
+    dir.write("rule.yaml", &rule);
+    dir.write("services.yaml", &services);
+    let config = dir.path().to_str().unwrap();
+    let sidecar = Process::start(SIDECAR, &["--config", config, "--outbound", ANY, "--admin", ANY]);
+    let (outbound, admin) = (sidecar.address("outbound"), sidecar.address("admin"));
+    let load = Load::start(outbound, "app", 2, 100);
+    // The route first, and what it names a while later.
+    let (rule, services) = versions(&one, &two, &["v1", "v2"], "v2");
+    dir.replace("rule.yaml", &rule);
+    until("the wait", async || sidecar.stderr().contains("what is in force stays")).await;
+    assert_eq!(counter(admin, "generation").await, 1);
+    assert!(get(outbound, "app", "/").await.1.contains("\"v1\""), "the last good generation");
+    dir.replace("services.yaml", &services);
+    until("the subset", async || get(outbound, "app", "/").await.1.contains("\"v2\"")).await;
+    assert_eq!((counter(admin, "generation").await, counter(admin, "rejected").await), (2, 0));
+    let totals = load.stop().await;
+    assert!(totals.is_clean() && totals.whole > 10, "{totals:?}");
+    // Whoever means it says so, or waits: nobody defines v3.
+    dir.replace("rule.yaml", &versions(&one, &two, &[], "v3").0);
+    sidecar.signal("HUP");
+    until("the third generation", async || counter(admin, "generation").await == 3).await;
+    assert_eq!(get(outbound, "app", "/").await.0, 503);
+}
+
+#[tokio::test]
+async fn x_09_a_request_in_flight_keeps_the_generation_that_it_came_with() {
+    let (one, two) = (Echo::start("v1").await, Echo::start("v2").await);
+    let dir = ConfigDir::new();
+    let both = |to: &str| {
+        let (rule, services) = versions(&one, &two, &["v1", "v2"], to);
+        format!("{rule}---\n{services}")
+    };
+    dir.write("mesh.yaml", &both("v1"));
+    let config = dir.file("mesh.yaml");
+    let sidecar = Process::start(SIDECAR, &["--config", &config, "--outbound", ANY, "--admin", ANY]);
+    let outbound = sidecar.address("outbound");
+    let held = tokio::spawn(async move { get(outbound, "app", "/gate").await });
+    until("the held request", async || one.held() == 1).await;
+    dir.replace("mesh.yaml", &both("v2"));
+    until("the second generation", async || get(outbound, "app", "/").await.1.contains("\"v2\"")).await;
+    one.gate.add_permits(1);
+    let (status, body) = held.await.unwrap();
+    assert!(status == 200 && body.contains("\"v1\""), "{status} {body}");
+}
+
+#[tokio::test]
+async fn an_admin_connection_keeps_neither_the_log_nor_the_process() {
+    let app = Echo::start("app").await;
+    let dir = ConfigDir::new();
+    dir.write("mesh.yaml", &service(app.addr));
+    let (config, log) = (dir.file("mesh.yaml"), dir.file("access.log"));
+    let mut sidecar = Process::start(
+        SIDECAR,
+        &["--config", &config, "--outbound", ANY, "--admin", ANY, "--access-log", &log],
+    );
+    let mut watching = TcpStream::connect(sidecar.address("admin")).await.unwrap();
+    watching.write_all(b"GET /ready HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    assert_eq!(watching.read_u8().await.unwrap(), b'H');
+    assert_eq!(get(sidecar.address("outbound"), "app", "/").await.0, 200);
+    sidecar.signal("TERM");
+    assert!(sidecar.wait().await.success());
+    let said = sidecar.stderr();
+    assert!(said.contains("drained") && !said.contains("not written to its end"), "{said}");
+    assert_eq!(std::fs::read_to_string(&log).unwrap().lines().count(), 1);
+    drop(watching);
+}
+
+#[tokio::test]
+async fn a_file_behind_a_link_is_followed() {
+    let app = Echo::start("app").await;
+    let (dir, elsewhere) = (ConfigDir::new(), ConfigDir::new());
+    elsewhere.write("mesh.yaml", &generation(app.addr, 0));
+    symlink(elsewhere.path().join("mesh.yaml"), dir.path().join("mesh.yaml")).unwrap();
+    let config = dir.path().to_str().unwrap();
+    let sidecar = Process::start(SIDECAR, &["--config", config, "--outbound", ANY, "--admin", ANY]);
+    elsewhere.replace("mesh.yaml", &generation(app.addr, 1));
+    let outbound = sidecar.address("outbound");
+    until("what the link leads to", async || in_force(outbound).await == "g1").await;
+}
+
 #[tokio::test]
 async fn an_empty_file_keeps_the_last_good_configuration() {
     let app = Echo::start("app").await;

@@ -61,11 +61,53 @@ async fn the_demo_splits_ninety_to_ten_and_always_answers() {
 async fn a_busy_port_is_named_with_its_flag() {
     let taken = std::net::TcpListener::bind(ANY).unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let output =
-        Command::new(SIDECAR).args(["--demo", "--outbound", &address, "--admin", ANY]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains(&address) && said.contains("--outbound"), "{said}");
+    for flag in ["--outbound", "--inbound", "--admin", "--prometheus", "--status", "--health"] {
+        let mut args = vec!["--demo", flag, &address];
+        for other in ["--outbound", "--admin"] {
+            if flag != other {
+                args.extend([other, ANY]);
+            }
+        }
+        let output = Command::new(SIDECAR).args(&args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{flag}");
+        assert!(output.stdout.is_empty(), "nobody is told that it listens: {flag}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains(&address) && said.contains(flag), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn pt_01_each_port_serves_its_own_endpoints() {
+    let sidecar = Process::start(
+        SIDECAR,
+        &["--demo", "--outbound", ANY, "--admin", ANY, "--prometheus", ANY, "--status", ANY, "--health", ANY],
+    );
+    let all = [
+        "/ready",
+        "/healthz/ready",
+        "/config_dump",
+        "/clusters",
+        "/listeners",
+        "/server_info",
+        "/explain?url=http://reviews/",
+        "/stats/prometheus",
+    ];
+    for (port, served) in [
+        ("admin", &all[..]),
+        ("prometheus", &["/stats/prometheus"]),
+        ("status", &["/healthz/ready", "/stats/prometheus"]),
+        ("health", &["/healthz/ready"]),
+    ] {
+        for path in all {
+            let (status, body) = get(sidecar.address(port), "admin", path).await;
+            let expected = if served.contains(&path) { 200 } else { 404 };
+            assert_eq!(status, expected, "{port} {path}: {body}");
+        }
+        let written =
+            b"POST /healthz/ready HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        let answer = exchange(sidecar.address(port), written, Duration::from_secs(5)).await;
+        assert_eq!(answer.statuses(), [405], "{port}: nothing is changed here");
+    }
 }
 
 #[tokio::test]
@@ -89,6 +131,73 @@ async fn usage_is_2_and_a_bad_configuration_is_1_with_its_position() {
             "{said}"
         );
     }
+}
+
+#[tokio::test]
+async fn what_kubectl_prints_loads_without_a_word() {
+    let dir = ConfigDir::new();
+    // A list, with all that the API server adds; of other kinds, one count.
+    dir.write(
+        "all.yaml",
+        "
+apiVersion: v1
+kind: List
+metadata: {resourceVersion: ''}
+items:
+- apiVersion: networking.istio.io/v1
+  kind: VirtualService
+  metadata:
+    annotations: {kubectl.kubernetes.io/last-applied-configuration: '{}'}
+    creationTimestamp: '2026-01-01T00:00:00Z'
+    generation: 3
+    managedFields: [{apiVersion: networking.istio.io/v1, fieldsType: FieldsV1, fieldsV1: {'f:spec': {}}, manager: kubectl, operation: Update}]
+    name: a
+    namespace: default
+    resourceVersion: '12'
+    uid: 0a4a1f5e
+  spec: {hosts: [a], http: [{route: [{destination: {host: a}}]}]}
+  status: {observedGeneration: '3', conditions: [{type: Reconciled, status: 'True'}], validationMessages: []}
+- apiVersion: v1
+  kind: Service
+  metadata: {name: a, namespace: default, resourceVersion: '13'}
+  spec:
+    clusterIP: 10.1.1.1
+    clusterIPs: [10.1.1.1]
+    internalTrafficPolicy: Cluster
+    ipFamilies: [IPv4]
+    ipFamilyPolicy: SingleStack
+    ports: [{name: http, port: 80, protocol: TCP, targetPort: web}]
+    selector: {app: a}
+    sessionAffinity: None
+    type: ClusterIP
+  status: {loadBalancer: {}}
+- apiVersion: discovery.k8s.io/v1
+  kind: EndpointSlice
+  addressType: IPv4
+  metadata:
+    generateName: a-
+    labels: {endpointslice.kubernetes.io/managed-by: endpointslice-controller.k8s.io, kubernetes.io/service-name: a}
+    name: a-x1
+    namespace: default
+    ownerReferences: [{apiVersion: v1, blockOwnerDeletion: true, controller: true, kind: Service, name: a, uid: 1b}]
+  endpoints:
+  - addresses: [127.0.0.1]
+    conditions: {ready: true, serving: true, terminating: false}
+    nodeName: node
+    targetRef: {kind: Pod, name: a-1, namespace: default, uid: 2c}
+    zone: z
+  ports: [{name: http, port: 8080, protocol: TCP}]
+- {apiVersion: apps/v1, kind: Deployment, metadata: {name: a}, spec: {replicas: 1}}
+- {apiVersion: apps/v1, kind: Deployment, metadata: {name: b}, spec: {replicas: 1}}
+- {apiVersion: v1, kind: Secret, metadata: {name: c}, data: {}}
+",
+    );
+    let output = Command::new(SIDECAR).args(["--check", "--config", &dir.file("all.yaml")]).output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "3 documents of other kinds are skipped (Deployment 2, Secret 1)\n0 errors, 0 warnings\n"
+    );
+    assert_eq!(output.status.code(), Some(0));
 }
 
 #[tokio::test]
@@ -139,6 +248,43 @@ async fn inbound_leads_to_the_application_whatever_the_host() {
     assert!(sidecar.wait().await.success());
     let line = std::fs::read_to_string(&log).unwrap();
     assert!(line.contains("\"GET /b?c=d HTTP/1.1\" 200 - via_upstream"), "{line}");
+}
+
+#[tokio::test]
+async fn inbound_is_explained_for_each_application() {
+    let (one, two) = (Echo::start("one").await, Echo::start("two").await);
+    let (app_one, app_two) = (one.addr.to_string(), two.addr.to_string());
+    let sidecar = Process::start(
+        SIDECAR,
+        &[
+            "--inbound",
+            ANY,
+            "--app",
+            &app_one,
+            "--inbound",
+            ANY,
+            "--app",
+            &app_two,
+            "--outbound",
+            ANY,
+            "--admin",
+            ANY,
+        ],
+    );
+    let admin = sidecar.address("admin");
+    for app in [one.addr, two.addr] {
+        let path = format!("/explain?direction=inbound&port={}&url=http://x/", app.port());
+        let explained = get_json(admin, &path).await;
+        assert_eq!(explained["attributes"]["destination.port"], app.port());
+        assert_eq!(explained["attributes"]["request.host"], "x");
+        let destination = &explained["decision"]["forward"][0];
+        assert_eq!(destination["cluster"], format!("inbound|{}||", app.port()));
+        assert_eq!(destination["endpoints"][0], app.to_string());
+    }
+    let (status, said) = get(admin, "admin", "/explain?direction=inbound&port=1&url=http://x/").await;
+    assert!(status == 404 && said.contains("no inbound listener for port 1"), "{said}");
+    let (status, said) = get(admin, "admin", "/explain?url=http://x/&colour=red").await;
+    assert!(status == 400 && said.contains("colour: unknown parameter"), "{said}");
 }
 
 #[tokio::test]
@@ -333,6 +479,8 @@ async fn a_gateway_serves_its_servers_and_follows_its_configuration() {
     let saw: Value = serde_json::from_str(&body).unwrap();
     assert_eq!(saw["headers"]["x-forwarded-for"], "127.0.0.1");
     assert_eq!(get(http, "example.com", "/x").await.0, 404);
+    let node = &get_json(admin, "/server_info").await["node"];
+    assert_eq!(node["labels"]["istio"], "ingressgateway", "what a gateway is labelled with by default");
     let names = |listeners: &Value| -> Vec<String> {
         listeners["listeners"]
             .as_array()

@@ -17,6 +17,7 @@ use http_body_util::{BodyExt as _, Empty, Full, combinators::BoxBody};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use mesh_testkit::h2_upstream::{Act, Http2Upstream, INITIAL_WINDOW, MAX_STREAMS};
 use mesh_testkit::process::{ConfigDir, Process};
 use mesh_testkit::raw::exchange;
 use mesh_testkit::until;
@@ -536,6 +537,67 @@ async fn a11_what_nobody_reads_is_not_taken_in() {
             drop(others);
             assert_eq!(answer.into_body().collect().await.unwrap().to_bytes().len(), FLOOD, "{case}");
         }
+    }
+}
+
+/// What a proxy may hold of a stream whose upstream reads nothing, in KiB.
+const HELD_OF_A_STREAM_KIB: u64 = 64;
+
+#[tokio::test]
+async fn a11_a_hundred_streams_to_an_upstream_that_stops_reading_cost_a_bounded_amount() {
+    const STREAMS: usize = 100;
+    let up = Http2Upstream::start(&[(MAX_STREAMS, 1000), (INITIAL_WINDOW, 0)], Act::Answer).await;
+    for down in BOTH {
+        let (sidecar, _dir) = sidecar(up.addr);
+        let connections = if down == Version::HTTP_2 { 1 } else { STREAMS };
+        let mut clients = Vec::new();
+        for _ in 0..connections {
+            let mut client = Client::connect(sidecar.address("outbound"), down).await;
+            // A small one first, so that what is kept anyway is there.
+            assert_eq!(client.send("h2", Request::post("/"), nothing()).await.status(), 200);
+            clients.push(client);
+        }
+        let before = sidecar.pss_kib();
+        let sent = Arc::<AtomicUsize>::default();
+        let (requests, mut uploads) = (up.requests().len(), tokio::task::JoinSet::new());
+        for mut client in clients {
+            for _ in 0..STREAMS / connections {
+                let flood = Flood::counted(&sent);
+                match &mut client {
+                    Client::Http1(sender) => {
+                        let request = Request::post("/").header("host", "h2").body(flood).unwrap();
+                        let sending = sender.send_request(request);
+                        uploads.spawn(async move { sending.await.is_ok() });
+                    }
+                    Client::Http2(sender) => {
+                        let mut request = Request::post("http://h2/").body(flood).unwrap();
+                        *request.version_mut() = Version::HTTP_2;
+                        let sending = sender.send_request(request);
+                        uploads.spawn(async move { sending.await.is_ok() });
+                    }
+                }
+            }
+            // A client that is dropped goes on with what it has begun.
+        }
+        until("a hundred streams", async || up.requests().len() == requests + STREAMS).await;
+        settled(&sent).await;
+        let held = sidecar.pss_kib().saturating_sub(before) / STREAMS as u64;
+        println!(
+            "a11 {down:?}: the proxy holds {held} KiB of each of {STREAMS} streams (goal {HELD_OF_A_STREAM_KIB})"
+        );
+        assert!(held <= HELD_OF_A_STREAM_KIB, "{down:?}: {held} KiB");
+        assert!(up.requests()[requests..].iter().all(|request| request.body.is_empty()), "it reads nothing");
+        // The upstream leaves, and nothing is in flight any more.
+        (0..up.connections()).for_each(|connection| up.close(connection));
+        let admin = sidecar.address("admin");
+        until("everything to be given back", async || {
+            let clusters = mesh_testkit::raw::get_json(admin, "/clusters").await;
+            clusters["clusters"].as_array().unwrap().iter().all(|cluster| {
+                cluster["now"]["requests"].as_u64() == Some(0)
+                    && cluster["now"]["pending_requests"].as_u64() == Some(0)
+            })
+        })
+        .await;
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_testkit::process::{ConfigDir, Process};
-use mesh_testkit::raw::{counted, exchange};
+use mesh_testkit::raw::{Answer, counted, exchange};
 use mesh_testkit::upstream::Recorder;
 use mesh_testkit::{shared_data, until};
 use serde_json::Value;
@@ -14,6 +14,17 @@ const GATEWAY: &str = env!("CARGO_BIN_EXE_gateway");
 
 /// How long a proxy may be silent before its answer counts as whole.
 const SILENCE: Duration = Duration::from_millis(150);
+
+/// The answer to a message that is answered in any case, however busy the machine is.
+async fn answer_to(address: SocketAddr, message: &[u8]) -> Answer {
+    for silence in [SILENCE, Duration::from_secs(2)] {
+        let answer = exchange(address, message, silence).await;
+        if !answer.statuses().is_empty() {
+            return answer;
+        }
+    }
+    exchange(address, message, Duration::from_secs(10)).await
+}
 
 fn gateway(upstream: SocketAddr) -> (Process, ConfigDir) {
     let dir = ConfigDir::new();
@@ -110,7 +121,7 @@ async fn e1_probes_of_what_hyper_accepts() {
         ),
         ("backslash", "GET /a\\b HTTP/1.1\r\nHost: a\r\n\r\n", 200),
     ] {
-        let answer = exchange(address, message.as_bytes(), SILENCE).await;
+        let answer = answer_to(address, message.as_bytes()).await;
         assert_eq!(
             answer.statuses().first(),
             Some(&status),
@@ -161,6 +172,8 @@ async fn e1_a_matrix_of_framings_has_one_reading() {
                 let message = format!("POST /first HTTP/1.1\r\nHost: a\r\n{length}{coding}\r\n{body}");
                 let (forwarded, answered) = counted(address, &upstream, message.as_bytes()).await;
                 assert!(forwarded <= answered, "{forwarded} forwarded, {answered} answered: {message:?}");
+                let sent = upstream.connections();
+                assert!(!sent.iter().any(|bytes| has_both_framings(bytes)), "{sent:?}: {message:?}");
                 count += 1;
             }
         }
@@ -171,15 +184,21 @@ async fn e1_a_matrix_of_framings_has_one_reading() {
 
 #[tokio::test]
 async fn e3_nothing_follows_an_upgrade_before_101() {
-    let upstream = Recorder::start(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n", false).await;
-    let (gateway, _dir) = gateway(upstream.addr);
-    let message = b"GET /first HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n";
-    let answer = exchange(gateway.address("http"), message, SILENCE).await;
-    let sent = upstream.connections().concat();
-    let first = sent.windows(4).position(|end| end == b"\r\n\r\n").unwrap() + 4;
-    let rest = String::from_utf8_lossy(&sent[first..]).into_owned();
-    assert!(rest.is_empty() || rest.starts_with("GET /smuggled HTTP/1.1\r\n"), "{rest}");
-    assert!(upstream.requests() <= answer.statuses().len());
+    let message = b"GET /first HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+    let forbidden = b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n";
+    // Refused, answered as if nothing had been asked, and not answered at all.
+    for (answers, silence) in [(&forbidden[..], 10_000), (OK, 10_000), (b"", 500)] {
+        let upstream = Recorder::start(answers, false).await;
+        let (gateway, _dir) = gateway(upstream.addr);
+        let answer = exchange(gateway.address("http"), message, Duration::from_millis(silence)).await;
+        let sent = upstream.connections().concat();
+        let first = sent.windows(4).position(|end| end == b"\r\n\r\n").unwrap() + 4;
+        let rest = String::from_utf8_lossy(&sent[first..]).into_owned();
+        // What comes after it is the next request, once the first one has its answer, or nothing.
+        let next = !answers.is_empty() && rest.starts_with("GET /smuggled HTTP/1.1\r\n");
+        assert!(rest.is_empty() || next, "{rest}");
+        assert!(upstream.requests() <= answer.statuses().len().max(1));
+    }
 }
 
 #[tokio::test]
@@ -205,13 +224,20 @@ async fn e7_hop_by_hop_names_do_not_remove_what_the_edge_adds() {
     let upstream = Recorder::start(OK, false).await;
     let (gateway, _dir) = gateway(upstream.addr);
     let message = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: x-forwarded-for, x-request-id, authorization, x-envoy-external-address\r\nAuthorization: secret\r\nX-Forwarded-Client-Cert: forged\r\n\r\n";
-    let answer = exchange(gateway.address("http"), message, SILENCE).await;
+    let answer = answer_to(gateway.address("http"), message).await;
     assert_eq!(answer.statuses(), [200]);
     let sent = String::from_utf8_lossy(&upstream.connections().concat()).to_ascii_lowercase();
     assert!(!sent.contains("secret") && !sent.contains("forged"));
     for added in ["x-forwarded-for: 127.0.0.1", "x-request-id: ", "x-envoy-external-address: 127.0.0.1"] {
         assert!(sent.contains(added), "{added} is missing: {sent}");
     }
+}
+
+/// Whether a message has a length and a coding: two readers may take it differently.
+fn has_both_framings(message: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(message).to_ascii_lowercase();
+    let head = text.split("\r\n\r\n").next().unwrap_or_default();
+    head.contains("\r\ncontent-length:") && head.contains("\r\ntransfer-encoding:")
 }
 
 #[tokio::test]
@@ -226,10 +252,13 @@ async fn the_wire_table_of_requests() {
         let id = case["id"].as_str().unwrap();
         let bytes = base64(case["request_base64"].as_str().unwrap());
         let (forwarded, answered) = counted(address, &upstream, &bytes).await;
-        if forwarded <= answered {
+        let ambiguous = upstream.connections().iter().any(|bytes| has_both_framings(bytes));
+        if forwarded <= answered && !ambiguous {
             passed += 1;
         } else {
-            failed.push(format!("{id}: {forwarded} forwarded, {answered} answered"));
+            failed.push(format!(
+                "{id}: {forwarded} forwarded, {answered} answered, both framings: {ambiguous}"
+            ));
         }
     }
     println!("http1-wire requests: {passed} passed, {} failed", failed.len());
@@ -255,12 +284,7 @@ async fn the_wire_table_of_responses() {
         let answer = exchange(address, both, Duration::from_millis(100)).await;
         let text = String::from_utf8_lossy(&answer.bytes).to_ascii_lowercase();
         for head in text.split("http/1.1 ").skip(1) {
-            let head = head.split("\r\n\r\n").next().unwrap_or_default();
-            assert!(
-                !(head.contains("\r\ncontent-length:") && head.contains("\r\ntransfer-encoding:")),
-                "{}: both framings: {head}",
-                case["id"]
-            );
+            assert!(!has_both_framings(head.as_bytes()), "{}: both framings: {head}", case["id"]);
         }
         assert!(answer.statuses().len() <= 2, "{}: more responses than requests: {text}", case["id"]);
         passed += 1;

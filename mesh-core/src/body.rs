@@ -62,7 +62,17 @@ pub enum EndOfBody<'a> {
 }
 
 /// Hears what happens to a body. [`BodyHook::on_end`] is called exactly once.
-pub trait BodyHook: Send {
+pub trait BodyHook: Any + Send {
+    /// Asked before each frame: an error ends the body there. A hook that has none yet wakes the task when it has.
+    fn poll_end(&mut self, _cx: &mut Context<'_>) -> Poll<Error> {
+        Poll::Pending
+    }
+
+    /// Asked when there is no frame yet: an error ends the body, as in [`BodyHook::poll_end`].
+    fn poll_idle(&mut self, _cx: &mut Context<'_>) -> Poll<Error> {
+        Poll::Pending
+    }
+
     /// A data frame passed.
     fn on_data(&mut self, _data: &Bytes) {}
 
@@ -92,6 +102,15 @@ impl Body {
     pub fn full(data: impl Into<Bytes>) -> Self {
         let data = data.into();
         Self::of(if data.is_empty() { Kind::Empty } else { Kind::Full(Some(data)) })
+    }
+
+    /// The data of a body of one piece of which nothing has been read; `None` for any other.
+    #[must_use]
+    pub fn as_full(&self) -> Option<&Bytes> {
+        match &self.kind {
+            Kind::Full(data) if self.first.is_none() => data.as_ref(),
+            _ => None,
+        }
     }
 
     /// What hyper reads from a connection; never boxed. An error becomes one of the side it is read from.
@@ -155,8 +174,20 @@ impl Body {
         self
     }
 
+    /// The hook, if there is one only and it is an `H`, for whoever has more to tell it.
+    pub fn hook_mut<H: BodyHook>(&mut self) -> Option<&mut H> {
+        let hook: &mut dyn Any = self.hook.as_deref_mut()?;
+        hook.downcast_mut()
+    }
+
     const fn of(kind: Kind) -> Self {
         Self { kind, first: None, meter: None, hook: None }
+    }
+
+    fn fail(&mut self, error: Error) -> Error {
+        self.end(EndOfBody::Failed(&error));
+        self.kind = Kind::Empty;
+        error
     }
 
     fn end(&mut self, end: EndOfBody<'_>) {
@@ -183,9 +214,20 @@ impl HttpBody for Body {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         let this = &mut *self;
+        // First, so that a body that always has more does not outrun a limit.
+        if let Some(hook) = &mut this.hook
+            && let Poll::Ready(error) = hook.poll_end(cx)
+        {
+            this.first = None;
+            return Poll::Ready(Some(Err(this.fail(error))));
+        }
         let frame = match (this.first.take(), &mut this.kind) {
             (Some(first), _) => Some(*first),
-            (None, kind) => ready!(poll_kind(kind, cx)),
+            (None, kind) => match (poll_kind(kind, cx), &mut this.hook) {
+                (Poll::Ready(frame), _) => frame,
+                (Poll::Pending, None) => return Poll::Pending,
+                (Poll::Pending, Some(hook)) => Some(Err(ready!(hook.poll_idle(cx)))),
+            },
         };
         Poll::Ready(match frame {
             Some(Ok(mut frame)) => {
@@ -196,18 +238,16 @@ impl HttpBody for Body {
                     if let Some(hook) = &mut this.hook {
                         hook.on_data(data);
                     }
-                } else if let Some(trailers) = frame.trailers_mut()
-                    && let Some(hook) = &mut this.hook
-                {
-                    hook.on_trailers(trailers);
+                } else if let Some(trailers) = frame.trailers_mut() {
+                    if let Some(hook) = &mut this.hook {
+                        hook.on_trailers(trailers);
+                    }
+                    // Nothing follows them, and over HTTP/2 nobody asks whether something does.
+                    this.end(EndOfBody::Complete);
                 }
                 Some(Ok(frame))
             }
-            Some(Err(error)) => {
-                this.end(EndOfBody::Failed(&error));
-                this.kind = Kind::Empty;
-                Some(Err(error))
-            }
+            Some(Err(error)) => Some(Err(this.fail(error))),
             None => {
                 this.end(EndOfBody::Complete);
                 None
@@ -308,6 +348,20 @@ impl Meter {
 struct Both(Box<dyn BodyHook>, Box<dyn BodyHook>);
 
 impl BodyHook for Both {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        match self.0.poll_end(cx) {
+            Poll::Pending => self.1.poll_end(cx),
+            end => end,
+        }
+    }
+
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        match self.0.poll_idle(cx) {
+            Poll::Pending => self.1.poll_idle(cx),
+            end => end,
+        }
+    }
+
     fn on_data(&mut self, data: &Bytes) {
         self.0.on_data(data);
         self.1.on_data(data);
@@ -421,6 +475,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn trailers_are_the_end() {
+        let (record, cx) = (Record::default(), context());
+        let frames = [Ok::<_, Error>(Frame::data(Bytes::from("a"))), Ok(Frame::trailers(HeaderMap::new()))];
+        let body = http_body_util::StreamBody::new(futures_util::stream::iter(frames));
+        let mut body = Body::new(body).metered(cx.clone(), Side::Upstream).with_hook(record.clone());
+        for _ in 0..2 {
+            body.frame().await.unwrap().unwrap();
+        }
+        // As hyper does over HTTP/2, which asks no further.
+        drop(body);
+        assert_eq!(*record.0.lock().unwrap(), ["data 1", "complete"]);
+        assert_eq!(cx.flags(), ResponseFlags::NONE, "nobody went away");
+    }
+
+    #[tokio::test]
     async fn a_foreign_error_becomes_ours() {
         let record = Record::default();
         let failing =
@@ -428,6 +497,35 @@ mod tests {
         let body = Body::new(failing).with_hook(record.clone());
         assert!(body.collect().await.is_err());
         assert_eq!(*record.0.lock().unwrap(), ["failed internal_error (500): boom"]);
+    }
+
+    /// Ends the body when it is asked the second time.
+    #[derive(Default)]
+    struct Impatient(u32);
+
+    impl BodyHook for Impatient {
+        fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<Error> {
+            self.0 += 1;
+            if self.0 < 2 { Poll::Pending } else { Poll::Ready(Error::internal("enough")) }
+        }
+
+        fn on_end(&mut self, _: EndOfBody<'_>) {}
+    }
+
+    #[tokio::test]
+    async fn a_hook_ends_a_body() {
+        let record = Record::default();
+        let frames =
+            ["a", "b"].map(|data| Ok::<_, BoxError>(Frame::data(Bytes::from_static(data.as_bytes()))));
+        let body = Body::new(http_body_util::StreamBody::new(futures_util::stream::iter(frames)));
+        let mut body = body.with_hook(record.clone());
+        assert!(body.hook_mut::<Record>().is_some() && body.hook_mut::<Impatient>().is_none());
+        let mut body = body.with_hook(Impatient::default());
+        assert!(body.hook_mut::<Record>().is_none(), "there are two");
+        assert!(body.frame().await.unwrap().is_ok());
+        assert!(body.frame().await.unwrap().is_err());
+        assert!(body.frame().await.is_none());
+        assert_eq!(*record.0.lock().unwrap(), ["data 1", "failed internal_error (500): enough"]);
     }
 
     fn futures_once<T>(item: T) -> impl futures_util::Stream<Item = T> {

@@ -241,6 +241,15 @@ impl<S: ?Sized + 'static> Compiler<S> {
     /// is published in its closed form.
     pub fn apply(&mut self, source: &S, diagnostics: Diagnostics) -> Outcome {
         let (models, diagnostics) = self.check(source, diagnostics);
+        self.apply_checked(models, diagnostics)
+    }
+
+    /// [`apply`](Self::apply) of what [`check`](Self::check) came to, for whoever looks at it in between.
+    pub fn apply_checked(
+        &mut self,
+        models: Option<Vec<Arc<dyn Any + Send + Sync>>>,
+        diagnostics: Diagnostics,
+    ) -> Outcome {
         let accepted = models.is_some();
         match models {
             Some(models) => {
@@ -386,6 +395,12 @@ mod tests {
         compiler.apply(&sender, Diagnostics::default());
         drop(pinned);
         assert_ne!(freed.recv().unwrap(), std::thread::current().id());
+        let mut compiler = Compiler::<Told>::new(CompileContext::new(Role::Sidecar));
+        compiler.register::<Heavy>();
+        compiler.snapshots().free_in_place();
+        compiler.apply(&sender, Diagnostics::default());
+        compiler.apply(&sender, Diagnostics::default());
+        assert_eq!(freed.recv().unwrap(), std::thread::current().id(), "unless it is told so");
     }
 
     #[test]

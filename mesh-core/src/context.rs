@@ -47,6 +47,7 @@ struct Cells {
     snapshot: Option<Pinned>,
     received_at: Instant,
     grpc: AtomicBool,
+    mirror: bool,
     /// Of the pinned route; 0 without one.
     policies: AtomicU32,
     flags: AtomicU64,
@@ -54,6 +55,30 @@ struct Cells {
     request_bytes: AtomicU64,
     response_bytes: AtomicU64,
     learnt: Mutex<Learnt>,
+}
+
+impl Cells {
+    fn new(
+        conn: Arc<ConnInfo>,
+        in_flight: Option<InFlight>,
+        snapshot: Option<Pinned>,
+        received_at: Instant,
+    ) -> Self {
+        Self {
+            conn,
+            in_flight,
+            snapshot,
+            received_at,
+            grpc: AtomicBool::new(false),
+            mirror: false,
+            policies: AtomicU32::new(0),
+            flags: AtomicU64::new(0),
+            attempts: AtomicU32::new(0),
+            request_bytes: AtomicU64::new(0),
+            response_bytes: AtomicU64::new(0),
+            learnt: Mutex::default(),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -115,19 +140,27 @@ impl RequestContext {
         snapshot: Option<Pinned>,
         received_at: Instant,
     ) -> Self {
-        Self(Arc::new(Cells {
-            conn,
-            in_flight,
-            snapshot,
-            received_at,
-            grpc: AtomicBool::new(false),
-            policies: AtomicU32::new(0),
-            flags: AtomicU64::new(0),
-            attempts: AtomicU32::new(0),
-            request_bytes: AtomicU64::new(0),
-            response_bytes: AtomicU64::new(0),
-            learnt: Mutex::default(),
-        }))
+        Self(Arc::new(Cells::new(conn, in_flight, snapshot, received_at)))
+    }
+
+    /// A context for a mirrored copy of this request (VS-P02): the same connection and route, and nothing else. It
+    /// pins no snapshot and does not count as in flight, so a copy that hangs holds up neither a reload nor a drain, and
+    /// what it writes is seen by nobody who asks the request's own.
+    #[must_use]
+    pub fn of_mirror(&self) -> Self {
+        let mut cells = Cells::new(Arc::clone(self.conn()), None, None, crate::clock::now());
+        cells.mirror = true;
+        cells.grpc = AtomicBool::new(self.is_grpc());
+        cells.policies = AtomicU32::new(self.route_policies());
+        cells.learnt = Mutex::new(Learnt { route: self.learnt().route.clone(), ..Learnt::default() });
+        Self(Arc::new(cells))
+    }
+
+    /// Whether this is a mirrored copy: it is sampled by no trace, whatever its headers say, is not tried again, and is
+    /// none of the requests that its workload has served.
+    #[must_use]
+    pub fn is_mirror(&self) -> bool {
+        self.0.mirror
     }
 
     /// The context of this request. A request that has none (a lone layer over a foreign server) gets one now, with
@@ -243,6 +276,7 @@ impl RequestContext {
 
     /// The policies of the pinned route ([`PinnedRoute::policies`]); 0 without one.
     #[must_use]
+    #[inline]
     pub fn route_policies(&self) -> u32 {
         self.0.policies.load(Ordering::Relaxed)
     }

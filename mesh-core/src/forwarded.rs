@@ -23,7 +23,8 @@ const INTERNAL: [&str; 2] = ["x-envoy-", "x-istio-attributes"];
 ///   of whatever the client says, for a workload behind what its peer in the mesh says. Where none was verified it goes.
 /// * Always: `x-request-id` is made when it is absent (`id` is the text of a UUID); `x-forwarded-proto` is set when it is
 ///   absent.
-/// * At a gateway: what only the mesh may say goes, the peer is appended to `x-forwarded-for`, and the client's
+/// * At a gateway: what only the mesh may say goes, the [mark of a copy](crate::mirrored) is not believed, the peer is
+///   appended to `x-forwarded-for`, and the client's
 ///   address, `trusted_proxies` hops away, stands in `x-envoy-external-address`. Without trusted proxies
 ///   `x-forwarded-proto` is not believed either.
 pub fn apply(
@@ -40,6 +41,7 @@ pub fn apply(
         for name in internal {
             headers.remove(name);
         }
+        crate::mirrored::distrust(headers);
         let client = client_address(headers, conn, trusted_proxies);
         if let Ok(address) = HeaderValue::try_from(client.to_string()) {
             headers.insert(EXTERNAL_ADDRESS, address);

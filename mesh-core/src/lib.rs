@@ -1,6 +1,7 @@
 //! Vocabulary and plumbing of the mesh layers; no policy.
 #![forbid(unsafe_code)]
 
+pub mod attributes;
 pub mod body;
 pub mod clock;
 mod compat;
@@ -21,6 +22,7 @@ mod listener;
 mod listener_set;
 pub mod local_reply;
 pub mod matcher;
+pub mod mirrored;
 mod normalize;
 pub mod panic;
 mod prefixed;

@@ -35,6 +35,33 @@ const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
 /// Makes [`LocalReply`] services.
+///
+/// ```
+/// use http::{Request, StatusCode};
+/// use mesh_core::{Body, Direction, Error, ErrorKind, LocalReplyLayer, ResponseFlags};
+/// use tower::{ServiceBuilder, ServiceExt};
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let service = ServiceBuilder::new()
+///     .layer(LocalReplyLayer::new(Direction::Inbound))
+///     .service_fn(|_: Request<Body>| async {
+///         Err::<http::Response<Body>, _>(Error::new(
+///             ErrorKind::NoHealthyUpstream,
+///             StatusCode::SERVICE_UNAVAILABLE,
+///             ResponseFlags::NO_HEALTHY_UPSTREAM,
+///             "no_healthy_upstream",
+///         ))
+///     });
+/// let plain = service.clone().oneshot(Request::get("http://a/").body(Body::empty())?).await?;
+/// assert_eq!(plain.status(), StatusCode::SERVICE_UNAVAILABLE);
+///
+/// let grpc = Request::post("http://a/p.S/M").header("content-type", "application/grpc").body(Body::empty())?;
+/// let answer = service.oneshot(grpc).await?;
+/// assert_eq!((answer.status(), &answer.headers()["grpc-status"]), (StatusCode::OK, &"14".parse()?));
+/// # Ok(())
+/// # }
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(example()).unwrap();
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct LocalReplyLayer {
     direction: Direction,

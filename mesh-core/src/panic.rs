@@ -42,6 +42,29 @@ impl Panics {
 }
 
 /// Makes [`CatchPanic`] services.
+///
+/// ```
+/// use http::{Request, Response, StatusCode};
+/// use mesh_core::{Body, CatchPanicLayer, Direction, Error, LocalReplyLayer, Panics};
+/// use tower::{ServiceBuilder, ServiceExt};
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let panics = Panics::default();
+/// let service = ServiceBuilder::new()
+///     .layer(LocalReplyLayer::new(Direction::Inbound))
+///     .layer(CatchPanicLayer::new(panics.clone()))
+///     .service_fn(|request: Request<Body>| async move {
+///         assert_ne!(request.uri().path(), "/bug");
+///         Ok::<_, Error>(Response::new(Body::empty()))
+///     });
+/// let broken = service.clone().oneshot(Request::get("http://a/bug").body(Body::empty())?).await?;
+/// assert_eq!((broken.status(), panics.count()), (StatusCode::INTERNAL_SERVER_ERROR, 1));
+/// let whole = service.oneshot(Request::get("http://a/").body(Body::empty())?).await?;
+/// assert_eq!(whole.status(), StatusCode::OK);
+/// # Ok(())
+/// # }
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(example()).unwrap();
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct CatchPanicLayer {
     panics: Panics,

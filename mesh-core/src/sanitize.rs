@@ -92,9 +92,11 @@ pub fn response(parts: &mut response::Parts, upgrading: bool) -> Result<(), Refu
             reason: "the upstream switched protocols unasked",
         });
     }
+    // The length of chunks is in the chunks, whatever else is said of it.
+    let is_chunked = parts.headers.contains_key(TRANSFER_ENCODING);
     hop_by_hop(&mut parts.headers, false);
     parts.headers.remove(TE);
-    if parts.status == StatusCode::NO_CONTENT {
+    if is_chunked || parts.status == StatusCode::NO_CONTENT {
         parts.headers.remove(CONTENT_LENGTH);
     }
     Ok(())
@@ -159,7 +161,8 @@ fn target(parts: &mut request::Parts, normalization: PathNormalization) -> Resul
     if path.bytes().any(|byte| !(b'!'..=b'~').contains(&byte)) {
         return Err(bad("path_normalization_failed", "the target has a byte that must be escaped"));
     }
-    if path.as_bytes().windows(3).any(|escape| escape == b"%00") {
+    // In a query it is data.
+    if parts.uri.path().as_bytes().windows(3).any(|escape| escape == b"%00") {
         return Err(bad("path_normalization_failed", "the path has an escaped NUL"));
     }
     match (in_uri, host) {
@@ -264,7 +267,8 @@ fn is_authority(text: &[u8]) -> Result<(), Refused> {
     let sound = !text.contains(&b'@')
         && Authority::try_from(text).is_ok_and(|authority| {
             let port = authority.as_str().strip_prefix(authority.host());
-            let digits = |port: &str| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+            let digits =
+                |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok();
             !authority.host().is_empty()
                 && port.is_some_and(|port| port.is_empty() || port.strip_prefix(':').is_some_and(digits))
         });
@@ -317,10 +321,10 @@ mod tests {
     fn e1_one_host_or_none() {
         assert_eq!(refusal(h1("/", &[])), (400, "missing_host_header"));
         assert_eq!(refusal(h1("/", &[("host", "a"), ("host", "a")])), (400, "duplicate_host_header"));
-        for host in ["a@b", "a/b", "a b", "", ":80", "a:", "[::1", "a:b"] {
+        for host in ["a@b", "a/b", "a b", "", ":80", "a:", "[::1", "a:b", "a:65536", "[::1]:99999"] {
             assert_eq!(refusal(h1("/", &[("host", host)])), (400, "invalid_host"), "{host:?}");
         }
-        for host in ["a", "a:80", "[::1]:80", "10.0.0.1", "xn--a.example"] {
+        for host in ["a", "a:80", "a:65535", "[::1]:80", "10.0.0.1", "xn--a.example"] {
             assert_eq!(h1("/", &[("host", host)]).unwrap().headers[HOST], host);
         }
         assert!(sanitized(Version::HTTP_10, "GET", "/", &[], Underscores::Keep).is_ok());
@@ -345,6 +349,8 @@ mod tests {
     fn e1_targets() {
         let host = [("host", "a")];
         assert_eq!(refusal(h1("/a%00b", &host)), (400, "path_normalization_failed"));
+        assert_eq!(refusal(h1("/a%00?b", &host)), (400, "path_normalization_failed"));
+        assert_eq!(h1("/a?info_hash=%00%01", &host).unwrap().uri, "/a?info_hash=%00%01");
         assert_eq!(refusal(h1("admin", &host)), (400, "missing_path"));
         assert_eq!(refusal(h1("*", &host)), (400, "invalid_path"));
         assert!(sanitized(Version::HTTP_11, "OPTIONS", "*", &host, Underscores::Keep).is_ok());
@@ -389,6 +395,18 @@ mod tests {
         assert_eq!(parts.headers[TE], "trailers");
         assert_eq!(left.len(), 3, "{left:?}");
         assert!(parts.headers.contains_key(HOST) && parts.headers.contains_key(CONTENT_LENGTH));
+    }
+
+    #[test]
+    fn bug_a_length_beside_chunks_cut_the_body() {
+        let response = http::Response::builder()
+            .header(CONTENT_LENGTH, 2)
+            .header(TRANSFER_ENCODING, "chunked")
+            .body(())
+            .unwrap();
+        let (mut parts, ()) = response.into_parts();
+        super::response(&mut parts, false).unwrap();
+        assert!(parts.headers.is_empty(), "{:?}", parts.headers);
     }
 
     #[test]

@@ -186,6 +186,13 @@ impl Snapshots {
         self.shared.generation.subscribe()
     }
 
+    /// Frees generations where their last holder is, and not on a thread of their own, whose pace nobody knows: for a
+    /// simulation. To be called before the first is published.
+    pub fn free_in_place(&self) {
+        // Whoever published before has a thread already.
+        let _ = self.shared.grave.set(None);
+    }
+
     /// The snapshot, set to be freed off the workers.
     pub(crate) fn prepare(&self, mut snapshot: Snapshot) -> Arc<Snapshot> {
         snapshot.grave = self.shared.grave.get_or_init(dig).clone();

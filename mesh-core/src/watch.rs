@@ -10,8 +10,9 @@
 //!   been so for 5 s, since an editor or a volume may be half way;
 //! * an explicit request (SIGHUP) loads what stands there now.
 //!
-//! [`Watcher`] adds the IO: it looks when the kernel reports a change below a watched path, and every second
-//! besides, because watches can be lost or unsupported.
+//! [`Watcher`] adds the IO: it looks when the kernel reports a change below a watched path, and twice a second
+//! besides, because watches can be lost or unsupported, and see nothing behind a symlink. So what changed is in force
+//! within a second in any case.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use notify::Watcher as _;
+use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
 
 use crate::istio::SourceFile;
@@ -31,7 +32,7 @@ pub const SETTLE: Duration = Duration::from_millis(100);
 pub const VANISHED: Duration = Duration::from_secs(5);
 
 /// How often a watcher looks when no event comes.
-pub const POLL: Duration = Duration::from_secs(1);
+pub const POLL: Duration = Duration::from_millis(500);
 
 /// A file larger than this is not read; it becomes an error at its position.
 const MAX_FILE_BYTES: u64 = 64 * 1024 * 1024;
@@ -121,7 +122,7 @@ impl Watcher {
     /// Watches `paths`, of which `loaded` are in force.
     ///
     /// Kernel watches that cannot be had (an unsupported file system, no watches left) are made up for by looking
-    /// every second.
+    /// twice a second.
     #[must_use]
     pub fn new(paths: Vec<PathBuf>, loaded: &[SourceFile]) -> Self {
         let (sender, events) = mpsc::channel(1);
@@ -134,15 +135,15 @@ impl Watcher {
         });
         let kernel = match kernel {
             Ok(mut kernel) => {
-                for path in watched(&paths) {
-                    if let Err(error) = kernel.watch(&path, notify::RecursiveMode::Recursive) {
-                        tracing::warn!(path = %path.display(), %error, "no kernel watch; looking every second");
+                for (path, how) in watched(&paths) {
+                    if let Err(error) = kernel.watch(&path, how) {
+                        tracing::warn!(path = %path.display(), %error, "no kernel watch; looking twice a second");
                     }
                 }
                 Some(kernel)
             }
             Err(error) => {
-                tracing::warn!(%error, "no kernel watches; looking every second");
+                tracing::warn!(%error, "no kernel watches; looking twice a second");
                 None
             }
         };
@@ -265,21 +266,24 @@ fn named(path: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// A file is watched through its directory: a rename over it ends a watch of the file itself.
-fn watched(paths: &[PathBuf]) -> Vec<PathBuf> {
-    let mut watched: Vec<PathBuf> = paths
+/// What to watch: a directory with all that is below it; a file through its directory alone, since a rename over it ends
+/// a watch of the file itself, and what else is in that directory may be a large tree that is no concern of ours.
+fn watched(paths: &[PathBuf]) -> Vec<(PathBuf, RecursiveMode)> {
+    let mut watched: Vec<_> = paths
         .iter()
         .map(|path| {
             if path.is_dir() {
-                path.clone()
-            } else {
-                path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).into()
+                return (path.clone(), RecursiveMode::Recursive);
             }
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            (parent.unwrap_or(Path::new(".")).to_owned(), RecursiveMode::NonRecursive)
         })
         .collect();
-    watched.sort();
-    // What is below another is watched with it.
-    watched.dedup_by(|path, above| path.starts_with(above));
+    watched.sort_by_cached_key(|(path, how)| (path.clone(), *how == RecursiveMode::NonRecursive));
+    // Of one directory the wider watch stays, and what is below it is watched with it.
+    watched.dedup_by(|(later, _), (first, how)| {
+        later == first || (*how == RecursiveMode::Recursive && later.starts_with(first))
+    });
     watched
 }
 
@@ -301,6 +305,15 @@ mod tests {
 
     fn at(start: Instant, millis: u64) -> Instant {
         start + Duration::from_millis(millis)
+    }
+
+    #[test]
+    fn what_is_beside_a_file_is_not_watched_to_its_depths() {
+        let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        let file = here.join("Cargo.toml");
+        assert_eq!(watched(std::slice::from_ref(&file)), [(here.clone(), RecursiveMode::NonRecursive)]);
+        assert_eq!(watched(&["mesh.yaml".into()]), [(".".into(), RecursiveMode::NonRecursive)]);
+        assert_eq!(watched(&[file, here.clone()]), [(here, RecursiveMode::Recursive)]);
     }
 
     #[test]

@@ -172,7 +172,7 @@ fn api_version(kind: &str) -> &'static str {
 }
 
 #[test]
-fn every_finding_has_a_path_and_a_reason() {
+fn x_08_every_finding_has_a_path_and_a_reason() {
     let mut seen = String::new();
     for (kind, meta, spec) in CASES {
         let indent = |text: &str| text.lines().map(|line| format!("  {line}\n")).collect::<String>();

@@ -5,10 +5,9 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use mesh_core::clock;
 use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile};
 
-/// Without optimisation and on a machine with something else to do; it takes a quarter of a second.
+/// Of a core, without optimisation; it takes a quarter of a second.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 #[test]
@@ -31,9 +30,9 @@ fn a_thousand_services_load_quickly() {
     }
     let bytes = text.len();
     let file = SourceFile::new("mesh.yaml", text);
-    let begin = clock::now();
+    let begin = computed();
     let (set, diags) = ResourceSet::load(&[file], &LoadOptions::default());
-    let took = clock::now() - begin;
+    let took = computed() - begin;
     println!("{bytes} bytes in {took:?}");
     assert_eq!(diags.to_string(), "");
     assert_eq!((set.virtual_services().len(), set.destination_rules().len()), (1000, 1000));
@@ -52,10 +51,16 @@ fn ten_thousand_routes_of_one_service_load_quickly() {
         )
         .unwrap();
     }
-    let begin = clock::now();
+    let begin = computed();
     let (set, diags) = ResourceSet::load(&[SourceFile::new("big.yaml", text)], &LoadOptions::default());
-    let took = clock::now() - begin;
+    let took = computed() - begin;
     println!("10,000 routes in {took:?}");
     assert_eq!((diags.to_string(), set.len()), (String::new(), 1));
     assert!(took < PATIENCE, "took {took:?}");
+}
+
+/// What this thread has computed so far. A machine that is busy with something else does not count.
+fn computed() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }

@@ -11,7 +11,7 @@
 //! and ends with the connection's drain.
 
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -34,17 +34,18 @@ use crate::balance::{Choice, peak_ewma};
 use crate::cluster::{BalancerKind, Cluster, Discovery, UpstreamProtocol};
 use crate::endpoint::{Endpoint, InFlight};
 use crate::fault::{AbortKind, Fault};
+use crate::grpc;
 use crate::hash_policy::RequestKey;
-use crate::outlier::Observation;
-use crate::pool::{Slot, exchange_error, h1, h2, overflow};
+use crate::outlier::{Observation, no_healthy_upstream};
+use crate::permit::Permit;
+use crate::pool::{Slot, h1, h2, overflow, upstream_error};
 use crate::retry::RetryPolicy;
-use crate::runtime::{ClusterRuntime, Permit};
+use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
-use crate::timeout::Deadline;
+use crate::timeout::{self, Deadline, Idle, Limits};
 
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
-const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
-const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+pub(crate) const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
 /// How often an unsent request is put on another connection. Idle connections may all have died together, so the
 /// last try is always on a new one.
@@ -65,15 +66,6 @@ pub(crate) struct Attempt<'a> {
     pub(crate) fault: Option<&'a Fault>,
     /// The endpoint of the try that is under way, for a timeout that ends it from outside.
     current: Mutex<Option<Arc<Endpoint>>>,
-}
-
-/// How long a try may take, from the whole request to the head of its response.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Limits {
-    /// For the try.
-    pub(crate) per_try: Option<Duration>,
-    /// Without anything being received; goes on while the body of the response is.
-    pub(crate) idle: Option<Duration>,
 }
 
 /// The head of a response, and what the try holds.
@@ -166,7 +158,7 @@ impl<'a> Attempt<'a> {
     pub(crate) async fn once(
         &self,
         request: &mut Request<Body>,
-        limits: Limits,
+        limits: &Limits,
         tried: &[u64],
     ) -> Result<Answer, Failure> {
         let unsent = |error| Failure { error, unsent: true, endpoint: None, injected: None };
@@ -202,16 +194,12 @@ impl<'a> Attempt<'a> {
                 },
             };
             self.note(&endpoint, &mut lease);
-            let limit = Limit::new(limits, request);
-            let sending = lease.send(std::mem::take(request));
-            let sent = match limit {
-                None => Ok(sending.await),
-                // Boxed: the future of every request would hold the timer.
-                Some(limit) => Box::pin(limit.bound(sending)).await,
-            };
+            let mut deadline = limits.deadline(self.shard.timers(), request.body_mut());
+            let sending = pin!(lease.send(std::mem::take(request)));
+            let sent = timeout::bound(&mut deadline, sending).await;
             match sent {
                 Ok(Ok(response)) => {
-                    let grpc_status = response.headers().get(GRPC_STATUS).and_then(grpc_code);
+                    let grpc_status = grpc::status(response.headers());
                     let now = mesh_core::clock::now();
                     let took = now.saturating_duration_since(started);
                     if self.cluster.spec().balancer == BalancerKind::PeakEwma {
@@ -224,6 +212,8 @@ impl<'a> Attempt<'a> {
                         books: Books {
                             lease: Some(lease),
                             _slot: None,
+                            deadline: None,
+                            idle: None,
                             endpoint: Arc::clone(&endpoint),
                             _in_flight: in_flight,
                             _permit: permit,
@@ -236,7 +226,7 @@ impl<'a> Attempt<'a> {
                 Ok(Err(mut failed)) => match failed.take_message() {
                     Some(unsent) if tries < UNSENT_TRIES => *request = unsent,
                     message => {
-                        let error = exchange_error(failed.into_error());
+                        let error = upstream_error(failed.into_error());
                         self.observe_failure(&endpoint, error.kind());
                         let unsent = message.is_some();
                         if let Some(message) = message {
@@ -246,7 +236,10 @@ impl<'a> Attempt<'a> {
                     }
                 },
                 Err(late) => {
-                    self.observe_failure(&endpoint, ErrorKind::Timeout);
+                    // Of a request that is not whole it is not known who is late.
+                    if late.status() != StatusCode::REQUEST_TIMEOUT {
+                        self.observe_failure(&endpoint, ErrorKind::Timeout);
+                    }
                     return Err(failure(late, false));
                 }
             }
@@ -254,7 +247,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// Draws the fault of a try: as if the upstream were late, or answered so.
-    async fn inject(&self, fault: &Fault, limits: Limits) -> Result<(), Failure> {
+    async fn inject(&self, fault: &Fault, limits: &Limits) -> Result<(), Failure> {
         let injected = fault.draw(&mut self.shard.lock().rng);
         let failure = |error, injected| Failure { error, unsent: true, endpoint: None, injected };
         if let Some(delay) = injected.delay {
@@ -262,7 +255,7 @@ impl<'a> Attempt<'a> {
             let most = limits.per_try.filter(|per_try| *per_try <= delay);
             tokio::time::sleep(most.unwrap_or(delay)).await;
             if most.is_some() {
-                return Err(failure(crate::timeout::per_try(), None));
+                return Err(failure(timeout::per_try(), None));
             }
         }
         match injected.abort {
@@ -337,15 +330,7 @@ impl<'a> Attempt<'a> {
                 self.shard.pick(self.cluster, self.runtime, &choice)
             }
         };
-        endpoint.ok_or_else(|| {
-            Error::new(
-                ErrorKind::NoHealthyUpstream,
-                StatusCode::SERVICE_UNAVAILABLE,
-                ResponseFlags::NO_HEALTHY_UPSTREAM,
-                "no_healthy_upstream",
-            )
-            .with_body("no healthy upstream")
-        })
+        endpoint.ok_or_else(no_healthy_upstream)
     }
 
     /// What is open already, if it has room.
@@ -422,11 +407,8 @@ impl<'a> Attempt<'a> {
                 books.close(true);
                 body
             } else {
-                let body = body.with_hook(books);
-                match idle {
-                    Some(idle) => crate::timeout::bound_idle(body, idle),
-                    None => body,
-                }
+                let idle = idle.map(|idle| Idle::new(self.shard.timers(), idle));
+                body.with_hook(Books { idle, ..books })
             }
         }))
     }
@@ -448,7 +430,7 @@ impl Answer {
     pub(crate) async fn peek_trailers(mut self: Box<Self>) -> Box<Self> {
         if let Some(Some(frame)) = frame_now(self.response.body_mut()).await {
             let trailers = frame.as_ref().ok().and_then(Frame::trailers_ref);
-            self.grpc_status = trailers.and_then(|trailers| trailers.get(GRPC_STATUS)).and_then(grpc_code);
+            self.grpc_status = trailers.and_then(grpc::status);
             self.first = Some(Box::new(frame));
         }
         self
@@ -482,40 +464,7 @@ async fn frame_now(body: &mut Incoming) -> Option<Option<Result<Frame<Bytes>, hy
 }
 
 /// Frames of an answer that is given up which are read to keep its connection.
-const DISCARDED_FRAMES: u32 = 4;
-
-fn grpc_code(value: &HeaderValue) -> Option<u16> {
-    value.to_str().ok()?.parse().ok()
-}
-
-/// The timer of a try.
-struct Limit {
-    deadline: Deadline,
-    error: fn() -> Error,
-}
-
-impl Limit {
-    fn new(limits: Limits, request: &mut Request<Body>) -> Option<Self> {
-        let (timeout, error): (_, fn() -> Error) = match (limits.per_try, limits.idle) {
-            (Some(per_try), Some(idle)) if idle < per_try => (idle, crate::timeout::idle),
-            (Some(per_try), _) => (per_try, crate::timeout::per_try),
-            (None, Some(idle)) => (idle, crate::timeout::idle),
-            (None, None) => return None,
-        };
-        let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
-        *request.body_mut() = body;
-        Some(Self { deadline, error })
-    }
-
-    /// Waits for the head of a response, but not for ever.
-    async fn bound(self, sending: impl Future<Output = Sent>) -> Result<Sent, Error> {
-        tokio::select! {
-            biased;
-            sent = sending => Ok(sent),
-            () = self.deadline.passed() => Err((self.error)()),
-        }
-    }
-}
+pub(crate) const DISCARDED_FRAMES: u32 = 4;
 
 type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
 
@@ -524,9 +473,12 @@ struct Books {
     lease: Option<Lease>,
     /// Counts the connection of a tunnel.
     _slot: Option<Slot>,
+    /// That of the route.
+    deadline: Option<Deadline>,
+    idle: Option<Idle>,
     endpoint: Arc<Endpoint>,
     _in_flight: InFlight,
-    _permit: Permit,
+    _permit: Permit<ClusterRuntime>,
 }
 
 impl Books {
@@ -545,8 +497,31 @@ impl Books {
 }
 
 impl BodyHook for Books {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        self.deadline.as_mut().map_or(Poll::Pending, |deadline| deadline.poll_passed(cx))
+    }
+
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        self.idle.as_mut().map_or(Poll::Pending, |idle| idle.poll_idle(cx))
+    }
+
+    fn on_data(&mut self, _: &Bytes) {
+        if let Some(idle) = &mut self.idle {
+            idle.received();
+        }
+    }
+
     fn on_end(&mut self, end: EndOfBody<'_>) {
         self.end(matches!(end, EndOfBody::Complete));
+    }
+}
+
+/// Ends the body of a response at the deadline, which goes where the books are, if they are still open.
+pub(crate) fn bound(body: &mut Body, deadline: Deadline) {
+    if let Some(books) = body.hook_mut::<Books>() {
+        books.deadline = Some(deadline);
+    } else if !body.is_end_stream() {
+        *body = std::mem::take(body).with_hook(deadline);
     }
 }
 

@@ -18,7 +18,9 @@ pub mod priority;
 mod random;
 pub mod ring_hash;
 mod round_robin;
+mod service;
 mod warm_up;
+pub mod zone_aware;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
@@ -29,7 +31,9 @@ use rand::{Rng, RngExt as _};
 
 pub use self::locality::LocalityWeights;
 pub use self::round_robin::Cursors;
+pub use self::service::{Balance, NotStatic};
 pub use self::warm_up::WarmUp;
+pub use self::zone_aware::ZoneAware;
 
 use self::warm_up::Warming;
 use crate::cluster::{BalancerKind, ClusterSpec};
@@ -70,6 +74,7 @@ struct Layout {
     warm_up: Option<WarmUp>,
     /// The panic threshold; `None` when nobody is ever out.
     panic_threshold: Option<u32>,
+    zone_aware: Option<ZoneAware>,
     tiers: Box<[Tier]>,
 }
 
@@ -79,7 +84,8 @@ struct Tier {
     priority: u32,
     endpoints: Arc<EndpointSet>,
     table: Option<Arc<Table>>,
-    /// Weight and endpoints of each locality; empty when localities have no weights.
+    /// Weight and endpoints of each locality; empty when localities do not count. Of zone aware routing the weights are
+    /// computed with what is available.
     localities: Box<[(u32, Arc<EndpointSet>)]>,
 }
 
@@ -120,6 +126,7 @@ impl Balancer {
             kind: spec.balancer,
             warm_up: spec.warm_up.filter(|_| warms_up),
             panic_threshold: spec.outlier_detection.as_ref().map(|config| config.min_health_percent),
+            zone_aware: spec.zone_aware.clone(),
             tiers: tiers(spec, endpoints, tables),
         };
         Self::available(Arc::new(layout))
@@ -156,19 +163,19 @@ impl Balancer {
                 let warming = Warming::of(layout.warm_up, &endpoints);
                 Part { upto, index: index - 1, endpoints, warming }
             };
-            let parts: Box<[_]> = if tier.localities.is_empty() || load.panic {
-                Box::new([part(1, left(&tier.endpoints))])
-            } else {
-                let mut weights = 0;
-                tier.localities
-                    .iter()
-                    .map(|(weight, endpoints)| {
-                        let left = left(endpoints);
-                        weights +=
-                            u64::from(*weight) * u64::from(priority::available(left.len(), endpoints.len()));
-                        part(weights, left)
-                    })
-                    .collect()
+            let localities = (!load.panic)
+                .then(|| tier.localities.iter().map(|(_, all)| left(all)).collect::<Vec<_>>())
+                .and_then(|left| Some((tier.weights(layout.zone_aware.as_ref(), &left)?, left)));
+            let parts: Box<[_]> = match localities {
+                None => Box::new([part(1, left(&tier.endpoints))]),
+                Some((weights, left)) => {
+                    let mut upto = 0;
+                    let upto = weights.into_iter().map(|weight| {
+                        upto += weight;
+                        upto
+                    });
+                    upto.zip(left).map(|(upto, left)| part(upto, left)).collect()
+                }
             };
             upto += load.percent;
             let available = if load.panic { 100 } else { priority::available(*available, *all) };
@@ -188,6 +195,13 @@ impl Balancer {
     pub fn priorities(&self) -> impl ExactSizeIterator<Item = (u32, priority::Load, &EndpointSet)> {
         let both = self.layout.tiers.iter().zip(&self.levels);
         both.map(|(tier, level)| (tier.priority, level.load, &*tier.endpoints))
+    }
+
+    /// Of each priority, in the same order, its localities with their shares of it in percent; none where localities do
+    /// not count.
+    pub fn localities(&self) -> impl ExactSizeIterator<Item = Vec<(&str, f64)>> {
+        let both = self.layout.tiers.iter().zip(&self.levels);
+        both.map(|(tier, level)| level.shares(tier))
     }
 
     /// Picks an endpoint; `None` when none is available. `cursors` belong to the cluster and the caller; `now` is asked
@@ -217,8 +231,26 @@ impl Balancer {
                 }
                 picked = draw()?;
             }
+            // As a last resort by looking: draws may miss the only one that is left.
+            if choice.tried.contains(&picked.id()) {
+                picked = self.untried(choice, rng).unwrap_or(picked);
+            }
         }
         Some(picked)
+    }
+
+    /// One of the endpoints that take requests now and were not tried; `None` when all were.
+    fn untried(&self, choice: &Choice<'_>, rng: &mut impl Rng) -> Option<&Arc<Endpoint>> {
+        let parts =
+            || self.levels.iter().filter(|level| level.load.percent > 0).flat_map(|level| &level.parts);
+        let left = || {
+            let all = parts().flat_map(|part| part.endpoints.iter());
+            all.filter(|endpoint| !choice.tried.contains(&endpoint.id()))
+        };
+        match left().count() {
+            0 => None,
+            count => left().nth(rng.random_range(0..count)),
+        }
     }
 
     fn pick_of<'e, R: Rng>(
@@ -282,7 +314,39 @@ impl Balancer {
     }
 }
 
+impl Tier {
+    /// The weight of each locality, of which so many endpoints are left; `None` when localities do not count.
+    fn weights(&self, zone_aware: Option<&ZoneAware>, left: &[Arc<EndpointSet>]) -> Option<Vec<u64>> {
+        let both = || self.localities.iter().zip(left);
+        match zone_aware {
+            _ if self.localities.is_empty() => None,
+            Some(zone_aware) => {
+                let counts = both().map(|((_, all), left)| (all.locality(), left.len()));
+                zone_aware.weights(&counts.collect::<Vec<_>>())
+            }
+            None => {
+                let weight = |((weight, all), left): (&(u32, Arc<EndpointSet>), &Arc<EndpointSet>)| {
+                    u64::from(*weight) * u64::from(priority::available(left.len(), all.len()))
+                };
+                Some(both().map(weight).collect())
+            }
+        }
+    }
+}
+
 impl Level {
+    /// The localities of its tier with their shares in percent; none when localities do not count.
+    fn shares<'t>(&self, tier: &'t Tier) -> Vec<(&'t str, f64)> {
+        if self.parts.len() != tier.localities.len() {
+            return Vec::new();
+        }
+        let total = self.parts.last().map_or(0, |last| last.upto).max(1) as f64;
+        let from = std::iter::once(0).chain(self.parts.iter().map(|part| part.upto));
+        let shares =
+            self.parts.iter().zip(from).map(|(part, from)| (part.upto - from) as f64 * 100.0 / total);
+        tier.localities.iter().map(|(_, endpoints)| endpoints.locality()).zip(shares).collect()
+    }
+
     fn part(&self, rng: &mut impl Rng) -> Option<&Part> {
         match &*self.parts {
             [only] => Some(only),
@@ -302,11 +366,18 @@ fn tiers(spec: &ClusterSpec, endpoints: &Arc<EndpointSet>, tables: &Tables) -> B
         by_priority.entry(member.priority).or_default().push(member.clone());
     }
     let is_table = spec.balancer.is_by_hash();
-    let whole = by_priority.len() == 1 && spec.locality_weights.is_none();
+    let zone_aware = spec.zone_aware.is_some() && !is_table;
+    let whole = by_priority.len() == 1 && spec.locality_weights.is_none() && !zone_aware;
     by_priority
         .into_iter()
-        .map(|(priority, members)| {
-            let localities = spec.locality_weights.as_ref().map(|weights| weights.split(&members));
+        .enumerate()
+        .map(|(at, (priority, members))| {
+            let localities = match &spec.locality_weights {
+                Some(weights) => Some(weights.split(&members)),
+                // Zones count in the first priority alone, as in Envoy.
+                None if zone_aware && at == 0 => Some(locality::group(&members)),
+                None => None,
+            };
             let (endpoints, localities): (_, Box<[_]>) = match localities {
                 None if whole => (Arc::clone(endpoints), Box::default()),
                 None => (Arc::new(EndpointSet::of(members)), Box::default()),

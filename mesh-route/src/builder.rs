@@ -14,6 +14,7 @@ use crate::direct_response::DirectResponse;
 use crate::fault::Fault;
 use crate::hash_policy::HashPolicy;
 use crate::headers::{HeaderOps, InvalidHeaderOp};
+use crate::mirror::Mirror;
 use crate::redirect::Redirect;
 use crate::retry::RetryPolicy;
 use crate::rewrite::{PathRewrite, Rewrite};
@@ -46,6 +47,7 @@ pub struct RouteBuilder {
     response_set: Vec<(String, String)>,
     fault: Option<Fault>,
     cors: Option<Box<CorsPolicy>>,
+    mirrors: Vec<Mirror>,
 }
 
 /// What cannot be built.
@@ -102,7 +104,8 @@ impl RouteTableBuilder {
         let mut note = |route: &Route| {
             if let ActionKind::Forward(forward) = &route.action().kind {
                 let named = forward.destinations.iter().filter_map(|(_, to)| to.cluster.clone());
-                for cluster in named {
+                let mirrors = forward.mirrors.iter().filter_map(|mirror| mirror.cluster.clone());
+                for cluster in named.chain(mirrors) {
                     if !clusters.iter().any(|known| Arc::ptr_eq(known, &cluster)) {
                         clusters.push(cluster);
                     }
@@ -143,6 +146,7 @@ impl RouteBuilder {
             response_set: Vec::new(),
             fault: None,
             cors: None,
+            mirrors: Vec::new(),
         }
     }
 
@@ -280,6 +284,14 @@ impl RouteBuilder {
         self
     }
 
+    /// Copies requests to another cluster, of which the client notices nothing ([`mirror`](crate::mirror)). Several are
+    /// drawn each by itself. Default none.
+    #[must_use]
+    pub fn mirror(mut self, mirror: Mirror) -> Self {
+        self.mirrors.push(mirror);
+        self
+    }
+
     /// Tells browsers which other origins may read the responses ([`CorsLayer`](crate::CorsLayer)). Default nothing.
     #[must_use]
     pub fn cors(mut self, policy: CorsPolicy) -> Self {
@@ -316,6 +328,7 @@ impl RouteBuilder {
         forward.idle_timeout = self.idle_timeout;
         forward.retry = self.retry.clone();
         forward.client_overrides = self.client_overrides;
+        forward.mirrors = self.mirrors.clone().into();
         forward.rewrite = Rewrite {
             path: match self.rewrite.clone() {
                 None => PathRewrite::Keep,

@@ -15,7 +15,7 @@ use arc_swap::ArcSwap;
 use mesh_core::{ClusterName, UpstreamTls};
 
 use crate::balance::locality::{ClientLocality, LocalityPreference, Place};
-use crate::balance::{Balancer, LocalityWeights, Tables, WarmUp, maglev, ring_hash};
+use crate::balance::{Balancer, LocalityWeights, Tables, WarmUp, ZoneAware, maglev, ring_hash};
 use crate::endpoint::EndpointSet;
 use crate::hash_policy::HashPolicy;
 use crate::outlier::OutlierDetection;
@@ -156,6 +156,9 @@ pub struct ClusterSpec {
     pub hash_policy: Option<HashPolicy>,
     /// The weights of localities; `None`, the default, when localities do not count.
     pub locality_weights: Option<LocalityWeights>,
+    /// Keeps requests in the client's locality as far as its endpoints can take them, with the kinds that go by no key;
+    /// `None`, the default, does not. Without meaning beside `locality_weights`.
+    pub zone_aware: Option<ZoneAware>,
     /// How endpoints that have just appeared take their share, with the kinds that take turns or count requests;
     /// `None`, the default, at once.
     pub warm_up: Option<WarmUp>,
@@ -342,6 +345,17 @@ pub struct PoolSettings {
     pub max_connection_duration: Option<Duration>,
     /// TCP keep-alive of the connections; `None` leaves it off, the default.
     pub tcp_keepalive: Option<TcpKeepalive>,
+    /// Pings on HTTP/2 connections; `None` sends none, the default.
+    pub http2_keepalive: Option<Http2Keepalive>,
+}
+
+/// Pings on HTTP/2 connections, whether or not they carry requests, as Envoy sends them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Http2Keepalive {
+    /// Time between pings.
+    pub interval: Duration,
+    /// How long an answer may take; a connection without one is closed, and its requests fail.
+    pub timeout: Duration,
 }
 
 /// TCP keep-alive; an unset part is the operating system's.
@@ -369,6 +383,7 @@ impl Default for PoolSettings {
             tcp_idle_timeout: Some(Duration::from_secs(3600)),
             max_connection_duration: None,
             tcp_keepalive: None,
+            http2_keepalive: None,
         }
     }
 }
@@ -383,6 +398,7 @@ impl ClusterSpec {
             balancer: BalancerKind::default(),
             hash_policy: None,
             locality_weights: None,
+            zone_aware: None,
             warm_up: None,
             protocol: UpstreamProtocol::default(),
             tls: UpstreamTls::default(),
@@ -420,26 +436,48 @@ impl ClusterSpec {
         preference: &LocalityPreference,
         client: &ClientLocality,
     ) -> Self {
-        let of_spec = |endpoint: &EndpointSpec| {
-            (Arc::clone(&endpoint.locality), Arc::clone(&endpoint.labels), endpoint.weight)
-        };
-        let of_name = |endpoint: &DnsEndpoint| {
-            (Arc::clone(&endpoint.locality), Arc::clone(&endpoint.labels), endpoint.weight)
-        };
-        let known: Vec<_> = match &self.discovery {
-            Discovery::Static(endpoints) => endpoints.iter().map(of_spec).collect(),
-            Discovery::StrictDns(names) => names.iter().map(of_name).collect(),
-            _ => return self,
-        };
-        let places: Vec<_> = known
-            .iter()
-            .map(|(locality, labels, weight)| Place { locality, labels, weight: *weight })
-            .collect();
-        if let Some(weights) = preference.weights(client, &places) {
-            self.locality_weights = Some(weights);
+        let places = self.places();
+        if !preference.distribute.is_empty() {
+            self.locality_weights = preference.weights(client, &places);
             return self;
         }
         let priorities = preference.priorities(client, &places);
+        self.prioritise(priorities);
+        self
+    }
+
+    /// Prefers the client's region, and within it its locality as far as the endpoints there can take its requests
+    /// (DR-LB07). `preference` says in which order other regions come; its `distribute` means nothing here.
+    #[must_use]
+    pub fn with_zone_aware_routing(
+        mut self,
+        preference: &LocalityPreference,
+        client: &ClientLocality,
+        zone_aware: Option<ZoneAware>,
+    ) -> Self {
+        let priorities = preference.regions(client, &self.places());
+        self.prioritise(priorities);
+        self.zone_aware = zone_aware;
+        self
+    }
+
+    /// Where the endpoints are that configuration lists.
+    fn places(&self) -> Vec<Place<'_>> {
+        match &self.discovery {
+            Discovery::Static(endpoints) => endpoints
+                .iter()
+                .map(|it| Place { locality: &it.locality, labels: &it.labels, weight: it.weight })
+                .collect(),
+            Discovery::StrictDns(names) => names
+                .iter()
+                .map(|it| Place { locality: &it.locality, labels: &it.labels, weight: it.weight })
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Gives the endpoints that configuration lists these priorities.
+    fn prioritise(&mut self, priorities: Vec<u32>) {
         match &mut self.discovery {
             Discovery::Static(endpoints) => {
                 for (endpoint, priority) in endpoints.iter_mut().zip(priorities) {
@@ -453,6 +491,5 @@ impl ClusterSpec {
             }
             _ => {}
         }
-        self
     }
 }

@@ -323,12 +323,23 @@ where
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
+    #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        let route = request
-            .extensions()
-            .get::<RequestContext>()
-            .filter(|context| context.route_policies() & policies::CORS != 0)
-            .and_then(RequestContext::route::<Route>);
+        if policies::has(&request, policies::CORS) {
+            return self.call_with_policy(request);
+        }
+        ResponseFuture(State::Running { inner: self.inner.call(request), allowed: None })
+    }
+}
+
+impl<S> Cors<S> {
+    /// Apart, so that what has no policy passes without a call.
+    #[inline(never)]
+    fn call_with_policy<B>(&mut self, request: Request<B>) -> ResponseFuture<S::Future>
+    where
+        S: Service<Request<B>>,
+    {
+        let route = request.extensions().get::<RequestContext>().and_then(RequestContext::route::<Route>);
         let mut allowed = None;
         if let Some(route) = route
             && let Some(policy) = &route.action().cors
@@ -381,6 +392,7 @@ where
 {
     type Output = Result<Response<ResBody>, Error>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().0.project() {
             StateProjection::Running { inner, allowed } => {

@@ -243,6 +243,40 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a12_a_time_to_live_of_nothing_asks_once_a_second_and_ten_thousand_records_are_bounded() {
+        /// Counts the look-ups; each answer is of ten thousand records, and no two are alike.
+        #[derive(Clone, Default)]
+        struct Huge(Arc<std::sync::atomic::AtomicU32>);
+
+        impl Resolve for Huge {
+            fn resolve(&self, _: Arc<str>) -> Resolving {
+                let round = self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                let found =
+                    (0..10_000).map(|at| IpAddr::from((0x0a00_0000 + round * 10_000 + at).to_be_bytes()));
+                let found = found.collect();
+                Box::pin(async move { Ok(found) })
+            }
+        }
+
+        let huge = Huge::default();
+        let mut spec = ClusterSpec::new(
+            ClusterName::custom("a"),
+            Discovery::StrictDns(vec![DnsEndpoint::new("a.example", 80)]),
+        );
+        spec.dns_refresh_rate = Duration::ZERO;
+        let cluster = Arc::new(Cluster::new(spec));
+        Clusters::new().reconcile(std::slice::from_ref(&cluster));
+        let discoverer = Discoverer::new(huge.clone(), tokio::runtime::Handle::current());
+        discoverer.follow(std::slice::from_ref(&cluster));
+        // Half a second beside the look-ups, so that none is on the edge.
+        tokio::time::sleep(Duration::from_millis(10_500)).await;
+        assert_eq!(huge.0.load(std::sync::atomic::Ordering::SeqCst), 11, "at once, and each second");
+        assert_eq!(cluster.endpoints().len(), MAX_ADDRESSES);
+        let runtime = cluster.runtime().unwrap();
+        assert!(runtime.resolved().iter().all(|endpoint| !endpoint.is_retired()));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn se_03_round_robin_takes_the_first_record_and_addresses_need_no_dns() {
         let cluster = named(Discovery::LogicalDns);
         let discoverer =

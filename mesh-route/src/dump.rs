@@ -1,5 +1,7 @@
 //! The models as the admin endpoints show them.
 
+mod balancing;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -8,6 +10,7 @@ use serde_json::{Value, json};
 use crate::canary::{Canaries, CanarySpec, CanaryStatus, Measured, Totals};
 use crate::cluster::{Cluster, Discovery};
 use crate::fault::FaultScope;
+use crate::mirror::{Mirror, MirrorAuthority, MirrorOutcome};
 use crate::rewrite::PathRewrite;
 use crate::route::{ActionKind, Route};
 use crate::runtime::ClusterRuntime;
@@ -120,23 +123,8 @@ type Shown<'t> = (Option<u16>, &'t str, Vec<String>, Vec<Value>);
 
 fn cluster(cluster: &Cluster) -> Value {
     let spec = cluster.spec();
-    let endpoints: Vec<_> = cluster
-        .endpoints()
-        .members()
-        .map(|member| {
-            let endpoint = &member.endpoint;
-            json!({
-                "address": endpoint.addr().to_string(),
-                "weight": member.weight,
-                "priority": member.priority,
-                "locality": &*member.locality,
-                "in_flight": endpoint.in_flight(),
-                "connections": endpoint.connections(),
-                "requests": endpoint.requests(),
-                "ejected": endpoint.is_ejected(),
-            })
-        })
-        .collect();
+    let set = cluster.endpoints();
+    let endpoints: Vec<_> = set.members().map(|member| balancing::endpoint(cluster, member)).collect();
     let discovery = match &spec.discovery {
         Discovery::Static(_) => "static",
         Discovery::StrictDns(_) => "strict_dns",
@@ -149,6 +137,8 @@ fn cluster(cluster: &Cluster) -> Value {
         "name": spec.name.as_str(),
         "discovery": discovery,
         "balancer": format!("{:?}", spec.balancer),
+        "balancing": balancing::settings(spec),
+        "priorities": cluster.balancer().map(|balancer| balancing::priorities(&balancer)),
         "protocol": format!("{:?}", spec.protocol),
         "tls": format!("{:?}", spec.tls),
         "endpoints": endpoints,
@@ -169,7 +159,31 @@ fn cluster(cluster: &Cluster) -> Value {
             "retried": runtime.retried(),
             "retry_overflows": runtime.retry_overflows(),
         })),
+        "mirrored": cluster.runtime().filter(|runtime| !runtime.mirrors().is_empty()).map(|runtime| mirrored(runtime)),
         "outlier_detection": cluster.runtime().filter(|_| spec.outlier_detection.is_some()).map(|runtime| outliers(runtime)),
+    })
+}
+
+/// What became of the copies that a cluster was to get.
+fn mirrored(runtime: &ClusterRuntime) -> Value {
+    let counted = MirrorOutcome::ALL
+        .map(|outcome| (outcome.as_str().to_owned(), runtime.mirrors().get(outcome).into()));
+    Value::Object(counted.into_iter().collect())
+}
+
+/// A mirror of a route.
+fn mirror(mirror: &Mirror) -> Value {
+    json!({
+        "cluster": mirror.name.as_str(),
+        "known": mirror.cluster.is_some(),
+        "percentage": mirror.percentage.to_string(),
+        "sample_by": mirror.sample_by.as_ref().map(ToString::to_string),
+        "compared": mirror.diff.as_ref().map(|policy| policy.percentage.to_string()),
+        "authority": match &mirror.authority {
+            MirrorAuthority::Keep => Value::Null,
+            MirrorAuthority::Shadow => "-shadow".into(),
+            MirrorAuthority::Replace(value) => String::from_utf8_lossy(value.as_bytes()).into(),
+        },
     })
 }
 
@@ -216,6 +230,11 @@ fn route(route: &Route) -> Value {
         ActionKind::DirectResponse(direct) => json!({"direct_response": direct.status.as_u16()}),
     };
     let mut shown = json!({"name": route.name(), "match": route.matcher().to_string(), "action": action});
+    if let ActionKind::Forward(forward) = &route.action().kind
+        && !forward.mirrors.is_empty()
+    {
+        shown["mirrors"] = forward.mirrors.iter().map(mirror).collect();
+    }
     if let Some(fault) = &route.action().fault {
         shown["fault"] = json!({
             "delay_ms": fault.delay.map(|delay| delay.duration.as_millis() as u64),

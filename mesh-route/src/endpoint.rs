@@ -252,6 +252,11 @@ impl EndpointSet {
         self.entries.get(index).map(|entry| &entry.member)
     }
 
+    /// The locality of the first; of a set of one locality, that.
+    pub(crate) fn locality(&self) -> &str {
+        self.at(0).map_or("", |member| &*member.locality)
+    }
+
     /// The member whose share contains `draw`, a number below [`EndpointSet::total`].
     pub(crate) fn at_share(&self, draw: u64) -> Option<&Member> {
         let index = if self.uniform && !self.entries.is_empty() {

@@ -5,12 +5,14 @@
 //! did not hold and the value that it saw.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mesh_core::{ClusterName, ConnInfo};
 use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
 
+use crate::balance::{Balancer, Choice, Cursors};
 use crate::canary::CanaryStatus;
 use crate::cluster::Cluster;
 use crate::hash_policy::HashPolicy;
@@ -31,6 +33,20 @@ pub struct Explanation {
     pub route: Option<Arc<Route>>,
     /// What is done with the request.
     pub decision: Decision,
+    /// The key by which the destination picks one of its endpoints; `None` where it goes by none.
+    pub endpoint_key: Option<EndpointKey>,
+}
+
+/// The key of a request for a destination with consistent hashing (DR-LB02).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointKey {
+    /// Where it is.
+    pub policy: HashPolicy,
+    /// Its number; `None` when the request has none, so that an endpoint is picked by chance, or by the cookie that the
+    /// client is given.
+    pub hash: Option<u64>,
+    /// The endpoint that it picks now; `None` without a key, and when none is available.
+    pub endpoint: Option<SocketAddr>,
 }
 
 /// A rule that did not take the request.
@@ -106,13 +122,34 @@ pub fn explain(table: &RouteTable, request: &RequestView<'_>, conn: &ConnInfo, s
         }
     }
     let decision = route.as_ref().map_or(Decision::NotFound, |route| decide(route, request, conn, seed));
+    let endpoint_key = match &decision {
+        Decision::Forward { destinations, chosen, .. } => destinations
+            .get(*chosen)
+            .and_then(|(.., cluster)| endpoint_key(cluster.as_deref()?, request, conn)),
+        _ => None,
+    };
     Explanation {
         port: lookup.port,
         virtual_host: lookup.virtual_host.map(|host| host.name().to_owned()),
         passed_over,
         route,
         decision,
+        endpoint_key,
     }
+}
+
+fn endpoint_key(cluster: &Cluster, request: &RequestView<'_>, conn: &ConnInfo) -> Option<EndpointKey> {
+    let policy = cluster.spec().hash_policy.clone()?;
+    let hash = policy.hash(request, conn);
+    let pick = |balancer: Arc<Balancer>| {
+        let choice = Choice { hash: Some(hash?), ..Choice::default() };
+        // A key leaves nothing to chance.
+        let mut rng = SmallRng::seed_from_u64(0);
+        let picked = balancer.pick(&choice, &mut Cursors::new(0), &mut rng, mesh_core::clock::now);
+        picked.map(|endpoint| endpoint.addr())
+    };
+    let endpoint = cluster.balancer().and_then(pick);
+    Some(EndpointKey { policy, hash, endpoint })
 }
 
 fn decide(route: &Route, request: &RequestView<'_>, conn: &ConnInfo, seed: u64) -> Decision {
@@ -173,9 +210,18 @@ impl fmt::Display for Explanation {
                     writeln!(f, "     canary {}: {} %, {}", canary.spec.name, canary.share, canary.phase)?;
                 }
                 match by {
-                    ChosenBy::Draw => Ok(()),
-                    ChosenBy::Key(key) => writeln!(f, "     by its key {key}"),
-                    ChosenBy::DrawWithout(key) => writeln!(f, "     by a draw, for want of the key {key}"),
+                    ChosenBy::Draw => {}
+                    ChosenBy::Key(key) => writeln!(f, "     by its key {key}")?,
+                    ChosenBy::DrawWithout(key) => writeln!(f, "     by a draw, for want of the key {key}")?,
+                }
+                match &self.endpoint_key {
+                    None => Ok(()),
+                    Some(EndpointKey { policy, endpoint: Some(endpoint), .. }) => {
+                        writeln!(f, "     at {endpoint} by its key {policy}")
+                    }
+                    Some(EndpointKey { policy, .. }) => {
+                        writeln!(f, "     at an endpoint by chance, for want of the key {policy}")
+                    }
                 }
             }
             Decision::Redirect { status, location } => writeln!(f, "  {status} {location}"),
@@ -215,6 +261,14 @@ impl Explanation {
                     ChosenBy::Key(key) => json!({"key": key.to_string(), "present": true}),
                     ChosenBy::DrawWithout(key) => json!({"key": key.to_string(), "present": false}),
                 };
+                let endpoint_key = self.endpoint_key.as_ref().map(|key| {
+                    json!({
+                        "key": key.policy.to_string(),
+                        "present": key.hash.is_some(),
+                        "hash": key.hash.map(|hash| format!("{hash:016x}")),
+                        "endpoint": key.endpoint.map(|endpoint| endpoint.to_string()),
+                    })
+                });
                 let canary = canary.as_ref().map(|canary| {
                     json!({
                         "name": &*canary.spec.name,
@@ -222,7 +276,7 @@ impl Explanation {
                         "phase": canary.phase.to_string(),
                     })
                 });
-                json!({"forward": to, "sticky": sticky, "canary": canary})
+                json!({"forward": to, "sticky": sticky, "endpoint_key": endpoint_key, "canary": canary})
             }
             Decision::Redirect { status, location } => json!({"status": status, "location": location}),
             Decision::DirectResponse { status } => json!({"status": status, "details": "direct_response"}),

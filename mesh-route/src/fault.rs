@@ -14,19 +14,18 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::{Request, StatusCode};
 use mesh_core::{Error, RequestContext, ResponseFlags};
 use pin_project::pin_project;
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng as _};
+use rand::Rng;
 use tokio::time::Sleep;
 use tower_layer::Layer;
 use tower_service::Service;
 
+use crate::draws::Draws;
 use crate::percentage::Percentage;
 use crate::route::{Route, policies};
 
@@ -259,12 +258,7 @@ impl<S> Layer<S> for FaultLayer {
     type Service = InjectFault<S>;
 
     fn layer(&self, inner: S) -> InjectFault<S> {
-        let seed = self.seed.unwrap_or_else(rand::random);
-        InjectFault {
-            inner,
-            draws: Arc::new(Draws { seed, next: AtomicU64::new(0) }),
-            trust_headers: self.trust_headers,
-        }
+        InjectFault { inner, draws: Arc::new(Draws::new(self.seed)), trust_headers: self.trust_headers }
     }
 }
 
@@ -276,31 +270,9 @@ pub struct InjectFault<S> {
     trust_headers: bool,
 }
 
-/// A generator for each request with a fault, numbered, so that clones neither repeat one another nor share a lock.
-#[derive(Debug)]
-struct Draws {
-    seed: u64,
-    next: AtomicU64,
-}
-
-impl Draws {
-    fn rng(&self) -> SmallRng {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        // The seed is mixed into a whole state, so neighbours have nothing in common.
-        SmallRng::seed_from_u64(self.seed.wrapping_add(number))
-    }
-}
-
 impl<S> InjectFault<S> {
     fn injected<B>(&self, request: &Request<B>) -> Injected {
-        let route = request
-            .extensions()
-            .get::<RequestContext>()
-            .filter(|context| context.route_policies() & policies::FAULT != 0)
-            .and_then(RequestContext::route::<Route>);
-        if route.is_none() && !self.trust_headers {
-            return Injected::default();
-        }
+        let route = request.extensions().get::<RequestContext>().and_then(RequestContext::route::<Route>);
         let mut fault = route
             .and_then(|route| route.action().fault)
             .filter(|fault| fault.scope == FaultScope::PerRequest)
@@ -326,7 +298,22 @@ where
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
+    #[inline]
     fn call(&mut self, request: Request<B>) -> ResponseFuture<S, B> {
+        if self.trust_headers || policies::has(&request, policies::FAULT) {
+            return self.call_with_fault(request);
+        }
+        ResponseFuture(State::Running(self.inner.call(request)))
+    }
+}
+
+impl<S> InjectFault<S> {
+    /// Apart, so that what has no fault passes without a call.
+    #[inline(never)]
+    fn call_with_fault<B>(&mut self, request: Request<B>) -> ResponseFuture<S, B>
+    where
+        S: Service<Request<B>> + Clone,
+    {
         let injected = self.injected(&request);
         ResponseFuture(match injected {
             Injected { delay: None, abort: None } => State::Running(self.inner.call(request)),
@@ -376,8 +363,24 @@ where
 {
     type Output = Result<T, Error>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut state = self.project().0;
+        match state.as_mut().project() {
+            StateProjection::Running(future) => future.poll(cx).map_err(Into::into),
+            _ => state.poll_injected(cx),
+        }
+    }
+}
+
+impl<S, B, T> State<S, B>
+where
+    S: Service<Request<B>, Response = T>,
+    S::Error: Into<Error>,
+{
+    #[inline(never)]
+    fn poll_injected(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<T, Error>> {
+        let mut state = self;
         loop {
             let next = match state.as_mut().project() {
                 StateProjection::Running(future) => return future.poll(cx).map_err(Into::into),
@@ -437,7 +440,7 @@ mod tests {
         let drawn = |draws: &Draws| -> Vec<bool> {
             (0..256).map(|_| !fault.draw(&mut draws.rng()).is_nothing()).collect()
         };
-        let draws = |seed| Draws { seed, next: AtomicU64::new(0) };
+        let draws = |seed| Draws::new(Some(seed));
         assert_eq!(drawn(&draws(7)), drawn(&draws(7)));
         assert_ne!(drawn(&draws(7)), drawn(&draws(1 << 40)));
         let service = FaultLayer::seeded(7).layer(());

@@ -6,25 +6,30 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use http::header::{CONNECTION, CONTENT_TYPE, HOST, SET_COOKIE, UPGRADE};
+use http::header::{CONNECTION, HOST, SET_COOKIE, UPGRADE};
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
+use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
+use http_body::Body as _;
 use hyper::upgrade::OnUpgrade;
 use mesh_core::{Body, Error, RequestContext, ResponseFlags, UpstreamInfo};
 
-use crate::attempt::{self, Answer, Attempt, Failure, Limits};
+use crate::attempt::{self, Answer, Attempt, Failure};
 use crate::cluster::{ClusterSpec, Discovery};
+use crate::diff::Watch;
 use crate::fault::{AbortKind, Fault};
+use crate::grpc;
 use crate::hash_policy::{HashPolicy, RequestKey};
 use crate::headers::{FormatContext, OwnedHead};
 use crate::headers_layer::AfterRoute;
+use crate::mirror;
 use crate::overrides::Overrides;
+use crate::permit::Permit;
 use crate::request_view::RequestView;
-use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, is_idempotent};
+use crate::retry::{Outcome, Replay, RetryClass, RetryPolicy, after_retries, is_idempotent};
 use crate::route::{Destination, Forward, Route};
-use crate::runtime::Permit;
+use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
-use crate::timeout::{self, Deadline, Timeouts};
+use crate::timeout::{self, Deadline, Limits, Timeouts};
 
 /// The request stays where it is and is passed by reference until it is sent: what an async function takes by value
 /// lies in its future once more, and futures are copied.
@@ -69,37 +74,59 @@ pub(crate) async fn forward(
     let head = OwnedHead::for_response(&destination.response_headers, request);
     let overrides = forward.client_overrides.then(|| Overrides::take(request.headers_mut()));
     let overrides = overrides.flatten();
-    let timeouts = Timeouts::of(forward, overrides.as_deref(), request.headers(), cx);
-    let deadline = timeouts.route.map(|timeout| {
-        let (deadline, body) = Deadline::new(timeout, std::mem::take(request.body_mut()));
-        *request.body_mut() = body;
-        deadline
-    });
+    let grpc = grpc::is_grpc(request.headers());
+    let timeouts = Timeouts::of(forward, overrides.as_deref(), request.headers(), grpc, cx);
+    let watch = if forward.mirrors.is_empty() || on_upgrade.is_some() {
+        None
+    } else {
+        mirror::start(shard, forward, (cluster, runtime), cx, timeouts, request)
+    };
+    let after = After::of(head, watch);
+    let mut deadline = timeouts
+        .route
+        .map(|timeout| Deadline::new(shard.timers(), timeout, request.body_mut(), timeout::route));
     let attempt = Attempt::new(shard, cx, cluster, runtime, version, on_upgrade.is_some(), fault)
         .choosing(key, &forward.retry);
     let mut response = {
         let overridden = overrides.map(|overrides| Box::new(overrides.retry(&forward.retry)));
         let policy = overridden.as_deref().unwrap_or(&forward.retry);
-        let tries = Tries { attempt: &attempt, policy, timeouts, grpc: is_grpc(request.headers()) };
+        let tries = Tries { attempt: &attempt, policy, timeouts, grpc };
         let exchange = std::pin::pin!(tries.run(request, on_upgrade));
-        match deadline {
-            None => exchange.await,
-            // Boxed: most requests have no deadline.
-            Some(deadline) => match Box::pin(deadline.bound(exchange)).await {
-                Some(response) => response,
-                None => {
-                    attempt.timed_out();
-                    Err(timeout::route())
-                }
-            },
-        }
+        timeout::bound(&mut deadline, exchange).await.unwrap_or_else(|late| {
+            attempt.timed_out();
+            Err(late)
+        })
     };
+    if let (Some(deadline), Ok(response)) = (deadline, &mut response) {
+        attempt::bound(response.body_mut(), deadline);
+    }
     forward.count(destination, cx, &mut response);
     if let (RequestKey::Issued(issued), Ok(response)) = (attempt.key, &mut response) {
         give_cookie(cluster.spec(), issued, response);
     }
+    let head = after.and_then(|after| after.met_by(&mut response));
     apply_response_headers(destination, head, cx, version, &mut response);
     response
+}
+
+/// What waits for the response of a request. In one box, as what most requests do not have.
+struct After {
+    head: Option<Box<OwnedHead>>,
+    watch: Option<Box<Watch>>,
+}
+
+impl After {
+    fn of(head: Option<Box<OwnedHead>>, watch: Option<Box<Watch>>) -> Option<Box<Self>> {
+        (head.is_some() || watch.is_some()).then(|| Box::new(Self { head, watch }))
+    }
+
+    /// Compared is what the upstream said; what a policy replied is not.
+    fn met_by(self, response: &mut Result<Response<Body>, Error>) -> Option<Box<OwnedHead>> {
+        if let (Some(watch), Ok(response)) = (self.watch, response) {
+            watch.look(response);
+        }
+        self.head
+    }
 }
 
 /// The tries of one request.
@@ -124,7 +151,7 @@ struct Progress {
 struct Again {
     tried: Vec<u64>,
     /// Counts the retry in its cluster, from the decision to the head of its answer.
-    permit: Option<Permit>,
+    permit: Option<Permit<ClusterRuntime>>,
 }
 
 /// What is done after a try. Everything that a retry awaits is in a box, so that nothing of it lies in the future of a
@@ -154,9 +181,10 @@ impl Tries<'_> {
         let mut progress = self.begin(request)?;
         let limits = Limits { per_try: self.timeouts.per_try, idle: self.timeouts.idle };
         loop {
-            self.timeouts.announce(request.headers_mut(), self.grpc);
+            let millis = |millis| self.attempt.shard.lock().millis(millis);
+            self.timeouts.announce(request.headers_mut(), self.grpc, millis);
             let tried = progress.again.as_ref().map_or(&[][..], |again| again.tried.as_slice());
-            let outcome = self.attempt.once(request, limits, tried).await;
+            let outcome = self.attempt.once(request, &limits, tried).await;
             let mut next = self.after(outcome, request, &mut progress, &mut on_upgrade);
             if let Next::Look(look) = next {
                 next = self.decide(Ok(*look.await), request, &mut progress, &mut on_upgrade);
@@ -174,13 +202,15 @@ impl Tries<'_> {
         let http2 = self.attempt.speaks_http2();
         attempt::prepare(request, http2, self.attempt.cx)?;
         let idempotent = !self.policy.only_idempotent || is_idempotent(request.method(), request.headers());
-        let class = match self.policy.class(self.grpc, http2, idempotent) {
+        let has_body = !request.body().is_end_stream();
+        let class = match self.policy.class(self.grpc, http2, idempotent, has_body) {
             // What was upgraded is not repeated.
-            RetryClass::Replay if self.attempt.upgrade => RetryClass::Connect,
+            RetryClass::Head | RetryClass::Replay if self.attempt.upgrade => RetryClass::Connect,
             class => class,
         };
         self.attempt.runtime.count_request(self.attempt.cluster.spec());
-        let replay = (class == RetryClass::Replay).then(|| Box::new(Replay::of(request)));
+        let keeps = matches!(class, RetryClass::Head | RetryClass::Replay);
+        let replay = keeps.then(|| Box::new(Replay::of(request)));
         Ok(Progress { class, idempotent, retries: 0, replay, again: None })
     }
 
@@ -249,7 +279,7 @@ impl Tries<'_> {
         &self,
         outcome: &Result<Answer, Failure>,
         progress: &mut Progress,
-    ) -> Result<(Option<Request<Body>>, Permit), Last> {
+    ) -> Result<(Option<Request<Body>>, Permit<ClusterRuntime>), Last> {
         // The retry that has just ended is none any more.
         if let Some(again) = &mut progress.again {
             again.permit = None;
@@ -280,16 +310,6 @@ impl Tries<'_> {
     }
 }
 
-/// The reply says, as Envoy's does, that this was not the only try.
-fn after_retries(error: Error) -> Error {
-    const ONE: &str = "reset reason: ";
-    let Some(text) = std::str::from_utf8(error.body()).ok().filter(|text| text.contains(ONE)) else {
-        return error;
-    };
-    let text = text.replacen(ONE, "retried and the latest reset reason: ", 1);
-    error.with_body(text)
-}
-
 fn seen(outcome: &Result<Answer, Failure>) -> Outcome<'_> {
     match outcome {
         Ok(answer) => Outcome::Response {
@@ -308,11 +328,6 @@ fn seen(outcome: &Result<Answer, Failure>) -> Outcome<'_> {
         },
         Err(failure) => Outcome::Failed(failure.error.kind()),
     }
-}
-
-fn is_grpc(headers: &HeaderMap) -> bool {
-    let rest = headers.get(CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"));
-    rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
 /// The destination's header operations, then the rewrite.
@@ -347,7 +362,7 @@ fn take_upgrade(request: &mut Request<Body>) -> Option<OnUpgrade> {
 }
 
 /// Replaces the authority where the request has it.
-fn set_authority(request: &mut Request<Body>, authority: HeaderValue) {
+pub(crate) fn set_authority<B>(request: &mut Request<B>, authority: HeaderValue) {
     if request.uri().authority().is_some() {
         let path = request.uri().path_and_query().cloned();
         *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
@@ -356,7 +371,7 @@ fn set_authority(request: &mut Request<Body>, authority: HeaderValue) {
 }
 
 /// Gives the client the cookie by which it will be known (DR-LB03).
-fn give_cookie(spec: &ClusterSpec, issued: u64, response: &mut Response<Body>) {
+pub(crate) fn give_cookie<B>(spec: &ClusterSpec, issued: u64, response: &mut Response<B>) {
     if let Some(HashPolicy::Cookie(cookie)) = &spec.hash_policy
         && let Some(value) = cookie.set_cookie(issued)
     {

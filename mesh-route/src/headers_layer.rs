@@ -77,26 +77,29 @@ where
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
+    #[inline]
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
-        let version = request.version();
-        let pinned = request
-            .extensions()
-            .get::<RequestContext>()
-            .filter(|context| context.route_policies() & policies::HEADERS != 0)
-            .and_then(|context| Some((context.route::<Route>()?, context.clone())));
-        let mut pending = None;
-        if let Some((route, context)) = pinned {
-            let action = route.action();
-            if !action.request_headers.is_empty() {
-                action.request_headers.apply_to_request(&mut request, &context);
-            }
-            if !action.response_headers.is_empty() {
-                let head = OwnedHead::for_response(&action.response_headers, &request);
-                pending = Some(Pending { route, context, version, head });
-            }
-        }
+        let pending = if policies::has(&request, policies::HEADERS) { pending(&mut request) } else { None };
         ResponseFuture { inner: self.inner.call(request), pending }
     }
+}
+
+/// Applies the operations of the route to the request; what is to be done to the response. Apart, so that what has no
+/// operations passes without a call.
+#[inline(never)]
+fn pending<B>(request: &mut Request<B>) -> Option<Pending> {
+    let version = request.version();
+    let context = request.extensions().get::<RequestContext>()?.clone();
+    let route = context.route::<Route>()?;
+    let action = route.action();
+    if !action.request_headers.is_empty() {
+        action.request_headers.apply_to_request(request, &context);
+    }
+    if action.response_headers.is_empty() {
+        return None;
+    }
+    let head = OwnedHead::for_response(&action.response_headers, request);
+    Some(Pending { route, context, version, head })
 }
 
 /// The future of [`Headers`].
@@ -138,6 +141,7 @@ where
 {
     type Output = Result<Response<ResBody>, Error>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         // What has nothing to add passes the response on where it is.

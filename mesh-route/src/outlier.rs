@@ -13,6 +13,8 @@
 //! status it stands for. Connect failures, resets and timeouts count as 503 and 504, or, when they are told apart, as
 //! local-origin failures. What a limit of ours refused never counts (DR-CP04), and neither does what a client cancelled.
 
+mod layer;
+
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::net::SocketAddr;
@@ -21,6 +23,9 @@ use std::time::{Duration, Instant};
 
 use http::StatusCode;
 use mesh_core::ErrorKind;
+
+pub(crate) use self::layer::no_healthy_upstream;
+pub use self::layer::{DetectOutlier, OutlierDetectionLayer, OutlierGroup};
 
 /// Ejections and returns that are remembered per cluster.
 const EVENTS: usize = 64;
@@ -147,7 +152,7 @@ impl Cause {
     }
 }
 
-/// A threshold that was crossed: the evidence of an ejection.
+/// A threshold that was crossed: the evidence of an ejection. Prints as `COUNT FIELD reached, last WHAT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evidence {
     /// Which.
@@ -156,6 +161,12 @@ pub struct Evidence {
     pub failures: u32,
     /// What the last of them was.
     pub last: Observation,
+}
+
+impl fmt::Display for Evidence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} reached, last {:?}", self.failures, self.cause.field(), self.last)
+    }
 }
 
 impl Counters {
@@ -228,6 +239,7 @@ fn reset(counter: &AtomicU32) {
 pub struct Detector {
     hosts: HashMap<SocketAddr, Host>,
     events: VecDeque<Event>,
+    noted: u64,
     ejections: u64,
     prevented: u64,
 }
@@ -238,6 +250,19 @@ struct Host {
     times: u32,
     until: Instant,
     ejected: bool,
+    /// Of its last ejection.
+    evidence: Evidence,
+}
+
+/// An ejection that goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ejection {
+    /// When it ends.
+    pub until: Instant,
+    /// How often in a row, this time included.
+    pub times: u32,
+    /// Why.
+    pub evidence: Evidence,
 }
 
 /// Something that the detector decided, with its evidence (DR-OD08).
@@ -282,19 +307,12 @@ pub enum EventKind {
 impl fmt::Display for EventKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ejected { evidence, duration, times } => write!(
-                f,
-                "ejected for {duration:?} (time {times} in a row): {} {} reached, last {:?}",
-                evidence.failures,
-                evidence.cause.field(),
-                evidence.last
-            ),
+            Self::Ejected { evidence, duration, times } => {
+                write!(f, "ejected for {duration:?} (time {times} in a row): {evidence}")
+            }
             Self::NotEjected { evidence, ejected, of } => write!(
                 f,
-                "not ejected, {ejected} of {of} are and maxEjectionPercent allows no more: {} {} reached, last {:?}",
-                evidence.failures,
-                evidence.cause.field(),
-                evidence.last
+                "not ejected, {ejected} of {of} are and maxEjectionPercent allows no more: {evidence}"
             ),
             Self::Returned { times } => write!(f, "returned after ejection {times} in a row"),
         }
@@ -326,7 +344,7 @@ impl Detector {
         let times = before.saturating_add(1);
         let most = config.max_ejection_time.max(config.base_ejection_time);
         let duration = config.base_ejection_time.saturating_mul(times).min(most);
-        self.hosts.insert(endpoint, Host { times, until: now + duration, ejected: true });
+        self.hosts.insert(endpoint, Host { times, until: now + duration, ejected: true, evidence });
         self.ejections += 1;
         self.note(now, endpoint, EventKind::Ejected { evidence, duration, times });
         true
@@ -371,9 +389,22 @@ impl Detector {
         self.hosts.get(endpoint).filter(|host| host.ejected).map(|host| host.until)
     }
 
+    /// The ejection of an endpoint; `None` when it is not ejected.
+    #[must_use]
+    pub fn ejection(&self, endpoint: &SocketAddr) -> Option<Ejection> {
+        let host = self.hosts.get(endpoint).filter(|host| host.ejected)?;
+        Some(Ejection { until: host.until, times: host.times, evidence: host.evidence })
+    }
+
     /// The last decisions, oldest first.
     pub fn events(&self) -> impl ExactSizeIterator<Item = &Event> {
         self.events.iter()
+    }
+
+    /// How many decisions there were so far, of which [`events`](Self::events) has the last.
+    #[must_use]
+    pub fn noted(&self) -> u64 {
+        self.noted
     }
 
     /// Ejections so far.
@@ -393,6 +424,7 @@ impl Detector {
             self.events.pop_front();
         }
         self.events.push_back(Event { at, endpoint, kind });
+        self.noted += 1;
     }
 }
 
@@ -559,6 +591,7 @@ mod tests {
             detector.sweep(now + Duration::from_secs(1000));
         }
         assert_eq!(detector.events().len(), EVENTS);
+        assert_eq!(detector.noted(), 3 + 2 * 1000);
     }
 
     #[test]

@@ -44,6 +44,12 @@ impl Percentage {
             Self(share) => rng.random_range(0..Self::ALWAYS.0) < share,
         }
     }
+
+    /// Whether what has this hash is one of the share. The same hash is one of every larger share too.
+    #[must_use]
+    pub const fn takes(self, hash: u64) -> bool {
+        ((hash as u128 * Self::ALWAYS.0 as u128) >> 64) < self.0 as u128
+    }
 }
 
 /// Prints as `12.5 %`.

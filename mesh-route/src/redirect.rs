@@ -29,11 +29,11 @@ pub enum RedirectPort {
     /// That of the authority; a default port of the old scheme is dropped with the scheme.
     #[default]
     Keep,
-    /// This one.
+    /// This one; the default of the new scheme is as [`Keep`](Self::Keep).
     Number(u16),
     /// The default of the new scheme: none is written.
     ProtocolDefault,
-    /// The one that the request arrived at.
+    /// The one that the request arrived at; the default of the new scheme is as [`Keep`](Self::Keep).
     FromRequest,
 }
 
@@ -72,8 +72,19 @@ impl Redirect {
     #[must_use]
     pub fn location(&self, request: &RequestView<'_>, arrived_at: u16) -> String {
         let scheme = self.scheme.unwrap_or(request.scheme);
-        let (host, port) = split_port(request.authority);
-        let kept = port.filter(|port| !(scheme != request.scheme && is_default(request.scheme, port)));
+        let (host, kept) = split_port(request.authority);
+        let stated = match self.port {
+            RedirectPort::Keep | RedirectPort::ProtocolDefault => None,
+            RedirectPort::Number(port) => Some(port),
+            RedirectPort::FromRequest => Some(arrived_at),
+        };
+        // A default port is as good as none stated: in Envoy the authority then stays what it was, its port included.
+        let stated = stated.map(|port| port.to_string()).filter(|port| !is_default(scheme, port));
+        let kept = kept.filter(|port| {
+            self.port != RedirectPort::ProtocolDefault
+                && stated.is_none()
+                && !(scheme != request.scheme && is_default(request.scheme, port))
+        });
         let (host, kept) = match &self.authority {
             Some(authority) => (&**authority, None),
             None => (host, kept),
@@ -82,13 +93,7 @@ impl Redirect {
         location.push_str(scheme);
         location.push_str("://");
         location.push_str(host);
-        let port = match self.port {
-            RedirectPort::Keep => kept.map(str::to_owned),
-            RedirectPort::Number(port) => Some(port.to_string()),
-            RedirectPort::ProtocolDefault => None,
-            RedirectPort::FromRequest => Some(arrived_at.to_string()),
-        };
-        if let Some(port) = port.filter(|port| !is_default(scheme, port)) {
+        if let Some(port) = stated.as_deref().or(kept) {
             // Writing to a String cannot fail.
             let _ = write!(location, ":{port}");
         }
@@ -192,9 +197,11 @@ mod tests {
         let with = |scheme, port| Redirect { scheme, port, ..Redirect::default() };
         for (redirect, authority, expected) in [
             (with(Some("https"), RedirectPort::Number(80)), "b", "https://b:80/foo"),
-            (with(Some("https"), RedirectPort::Number(443)), "b:8080", "https://b/foo"),
+            (with(Some("https"), RedirectPort::Number(443)), "b:8080", "https://b:8080/foo"),
             (with(None, RedirectPort::Number(80)), "b", "http://b/foo"),
             (with(None, RedirectPort::Number(8081)), "b:1", "http://b:8081/foo"),
+            (with(None, RedirectPort::Number(80)), "b:80", "http://b:80/foo"),
+            (with(Some("https"), RedirectPort::Number(443)), "b:80", "https://b/foo"),
             (with(Some("https"), RedirectPort::Keep), "b:80", "https://b/foo"),
             (with(Some("https"), RedirectPort::Keep), "b:8080", "https://b:8080/foo"),
             (with(Some("https"), RedirectPort::ProtocolDefault), "b:8080", "https://b/foo"),

@@ -2,6 +2,7 @@
 
 use http::uri::PathAndQuery;
 use http::{HeaderName, HeaderValue, Request, StatusCode, Uri};
+use mesh_core::matcher::compile_re2;
 use mesh_core::{Error, ResponseFlags};
 use regex::Regex;
 
@@ -44,10 +45,7 @@ impl RegexRewrite {
     /// # Errors
     /// The reason why the expression or the replacement is not accepted.
     pub fn new(expression: &str, replacement: &str) -> Result<Self, String> {
-        let expression = regex::RegexBuilder::new(expression)
-            .size_limit(1 << 20)
-            .build()
-            .map_err(|error| error.to_string())?;
+        let expression = compile_re2(expression).map_err(|error| error.to_string())?;
         let mut translated = String::with_capacity(replacement.len());
         let mut chars = replacement.chars();
         while let Some(next) = chars.next() {
@@ -162,6 +160,9 @@ mod tests {
     fn vs_w03_regex_replaces_every_match_with_groups() {
         let regex = RegexRewrite::new("/v([0-9]+)", r"/\1$").unwrap();
         assert_eq!(rewritten(PathRewrite::Regex(regex.into()), "/v1/a/v22?v3").0, "/1$/a/22$?v3");
+        // As RE2 reads it: digits are ASCII, and a brace that begins no repetition is a character.
+        let regex = RegexRewrite::new(r"/{\d+}", "/n").unwrap();
+        assert_eq!(rewritten(PathRewrite::Regex(regex.into()), "/{1}/{x}").0, "/n/{x}");
         assert!(RegexRewrite::new("/a", r"\1").is_err());
         assert!(RegexRewrite::new("(?=a)", "b").is_err());
     }

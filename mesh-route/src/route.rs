@@ -20,6 +20,7 @@ use crate::direct_response::DirectResponse;
 use crate::fault::Fault;
 use crate::hash_policy::HashPolicy;
 use crate::headers::HeaderOps;
+use crate::mirror::Mirror;
 use crate::redirect::Redirect;
 use crate::request_view::RequestView;
 use crate::retry::RetryPolicy;
@@ -40,6 +41,13 @@ pub(crate) mod policies {
     pub(crate) const HEADERS: u32 = 1;
     pub(crate) const FAULT: u32 = 1 << 1;
     pub(crate) const CORS: u32 = 1 << 2;
+
+    /// Whether the route of a request has this policy.
+    #[inline]
+    pub(crate) fn has<B>(request: &http::Request<B>, policy: u32) -> bool {
+        let context = request.extensions().get::<mesh_core::RequestContext>();
+        context.is_some_and(|context| context.route_policies() & policy != 0)
+    }
 }
 
 /// What a request must be like. Every predicate must hold; no predicate at all matches everything.
@@ -144,6 +152,8 @@ pub struct Forward {
     pub idle_timeout: Option<Duration>,
     /// Whether Envoy's headers for timeouts and retries are followed (VS-T02). Default false.
     pub client_overrides: bool,
+    /// Who gets copies of the requests (VS-P01). Default nobody.
+    pub mirrors: Box<[Mirror]>,
 }
 
 /// One destination of a route.
@@ -252,6 +262,7 @@ impl Forward {
             retry: RetryPolicy::never(),
             idle_timeout: None,
             client_overrides: false,
+            mirrors: Box::default(),
         }
     }
 

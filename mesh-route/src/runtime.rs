@@ -21,14 +21,17 @@ use tokio::sync::Notify;
 use crate::balance::Tables;
 use crate::cluster::{Cluster, ClusterSpec, Discovery, EndpointSpec};
 use crate::endpoint::{Endpoint, EndpointSet, Member};
+use crate::mirror::{MirrorCounters, Mirroring};
 use crate::outlier::{Detector, Observation, OutlierDetection};
-use crate::retry::Recent;
+use crate::permit::Permit;
+use crate::retry::Retries;
 
 /// Every cluster of the process, by name.
 #[derive(Clone, Debug, Default)]
 pub struct Clusters {
     runtimes: Arc<Mutex<HashMap<ClusterName, Weak<ClusterRuntime>>>>,
     tables: Tables,
+    mirroring: Mirroring,
 }
 
 /// The endpoints that somebody holds, by address and how it is secured.
@@ -50,11 +53,10 @@ pub struct ClusterRuntime {
     pub(crate) connections: AtomicU32,
     pub(crate) pending: AtomicU32,
     pub(crate) requests: AtomicU32,
-    pub(crate) retries: AtomicU32,
     pub(crate) overflows: AtomicU64,
-    retried: AtomicU64,
-    retry_overflows: AtomicU64,
-    recent: Recent,
+    retries: Retries,
+    mirroring: Mirroring,
+    mirrors: MirrorCounters,
     detector: Mutex<Detector>,
     /// When the next ejection ends, in nanoseconds since `origin`; the greatest number when nobody is ejected.
     next_return: AtomicU64,
@@ -79,7 +81,8 @@ impl Clusters {
             }
             let known = runtimes.get(cluster.name()).and_then(Weak::upgrade);
             let runtime = known.unwrap_or_else(|| {
-                let runtime = Arc::new(ClusterRuntime::new(cluster.name().clone(), self.tables.clone()));
+                let (tables, mirroring) = (self.tables.clone(), self.mirroring.clone());
+                let runtime = Arc::new(ClusterRuntime::new(cluster.name().clone(), tables, mirroring));
                 runtimes.insert(cluster.name().clone(), Arc::downgrade(&runtime));
                 runtime
             });
@@ -102,6 +105,12 @@ impl Clusters {
         runtimes.retain(|_, runtime| runtime.strong_count() > 0);
     }
 
+    /// What the copies of the process share.
+    #[must_use]
+    pub fn mirroring(&self) -> &Mirroring {
+        &self.mirroring
+    }
+
     /// The runtimes that some generation still holds, in order of name.
     #[must_use]
     pub fn runtimes(&self) -> Vec<Arc<ClusterRuntime>> {
@@ -113,7 +122,7 @@ impl Clusters {
 }
 
 impl ClusterRuntime {
-    fn new(name: ClusterName, tables: Tables) -> Self {
+    fn new(name: ClusterName, tables: Tables, mirroring: Mirroring) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -127,16 +136,27 @@ impl ClusterRuntime {
             connections: AtomicU32::new(0),
             pending: AtomicU32::new(0),
             requests: AtomicU32::new(0),
-            retries: AtomicU32::new(0),
             overflows: AtomicU64::new(0),
-            retried: AtomicU64::new(0),
-            retry_overflows: AtomicU64::new(0),
-            recent: Recent::default(),
+            retries: Retries::default(),
+            mirroring,
+            mirrors: MirrorCounters::default(),
             detector: Mutex::default(),
             next_return: AtomicU64::new(u64::MAX),
             origin: mesh_core::clock::now(),
             freed: Notify::new(),
         }
+    }
+
+    /// One that belongs to no registry, for endpoints that are judged together.
+    pub(crate) fn alone(name: ClusterName) -> Self {
+        Self::new(name, Tables::default(), Mirroring::default())
+    }
+
+    /// Outlier detection forgets the endpoints that are gone.
+    pub(crate) fn retain_outliers(&self, is_known: impl FnMut(&SocketAddr) -> bool) {
+        let mut detector = self.detector();
+        detector.retain(is_known);
+        self.set_next_return(&detector);
     }
 
     /// A number that no other cluster of this process has or had.
@@ -258,19 +278,29 @@ impl ClusterRuntime {
     /// Retries in flight, the time before them included.
     #[must_use]
     pub fn retries(&self) -> u32 {
-        self.retries.load(Ordering::Relaxed)
+        self.retries.in_flight().load(Ordering::Relaxed)
     }
 
     /// Retries so far.
     #[must_use]
     pub fn retried(&self) -> u64 {
-        self.retried.load(Ordering::Relaxed)
+        self.retries.admitted()
     }
 
     /// Retries that a limit refused.
     #[must_use]
     pub fn retry_overflows(&self) -> u64 {
-        self.retry_overflows.load(Ordering::Relaxed)
+        self.retries.refused()
+    }
+
+    /// What became of the copies that this cluster was to get.
+    #[must_use]
+    pub fn mirrors(&self) -> &MirrorCounters {
+        &self.mirrors
+    }
+
+    pub(crate) fn mirroring(&self) -> &Mirroring {
+        &self.mirroring
     }
 
     /// Reads what outlier detection knows; ejections that are over have ended.
@@ -281,30 +311,14 @@ impl ClusterRuntime {
 
     /// Counts a request that may be retried, where the budget counts over time.
     pub(crate) fn count_request(&self, spec: &ClusterSpec) {
-        if let Some(budget) = spec.retry_budget.filter(|budget| !budget.interval.is_zero()) {
-            self.recent.request(budget.interval, self.origin, mesh_core::clock::now());
-        }
+        self.retries.count_request(spec.retry_budget.as_ref());
     }
 
     /// A place among the retries, if `maxRetries` and the budget have one.
-    pub(crate) fn admit_retry(self: &Arc<Self>, spec: &ClusterSpec) -> Option<Permit> {
-        let most = match &spec.retry_budget {
-            Some(budget) if budget.interval.is_zero() => {
-                let active = u64::from(self.requests()) + u64::from(self.pending());
-                budget.limit(active).min(spec.pool.max_retries)
-            }
-            _ => spec.pool.max_retries,
-        };
-        let within_interval = || {
-            spec.retry_budget
-                .as_ref()
-                .filter(|budget| !budget.interval.is_zero())
-                .is_none_or(|budget| self.recent.retry(budget, self.origin, mesh_core::clock::now()))
-        };
-        let permit = Permit::acquire(self, |runtime| &runtime.retries, most).filter(|_| within_interval());
-        let counter = if permit.is_some() { &self.retried } else { &self.retry_overflows };
-        counter.fetch_add(1, Ordering::Relaxed);
-        permit
+    pub(crate) fn admit_retry(self: &Arc<Self>, spec: &ClusterSpec) -> Option<Permit<Self>> {
+        let active = || u64::from(self.requests()) + u64::from(self.pending());
+        let acquire = |most| Permit::acquire(self, |runtime| runtime.retries.in_flight(), most);
+        self.retries.admit(spec.pool.max_retries, spec.retry_budget.as_ref(), active, acquire)
     }
 
     /// Tells outlier detection what a try came to.
@@ -316,6 +330,10 @@ impl ClusterRuntime {
         endpoints: impl FnOnce() -> usize,
     ) {
         let Some(evidence) = endpoint.failures().observe(config, seen) else { return };
+        // What a request that was under way says of an endpoint that is gone keeps nobody else from being ejected.
+        if endpoint.is_retired() {
+            return;
+        }
         let mut detector = self.detector();
         let now = mesh_core::clock::now();
         if detector.trip(config, endpoint.addr(), evidence, endpoints(), now) {
@@ -414,9 +432,21 @@ impl ClusterRuntime {
         let listed: HashSet<u64> = set.iter().map(|endpoint| endpoint.id()).collect();
         known.retain(|_, endpoint| {
             let Some(endpoint) = endpoint.upgrade() else { return false };
-            endpoint.set_retired(!listed.contains(&endpoint.id()));
+            let is_gone = !listed.contains(&endpoint.id());
+            endpoint.set_retired(is_gone);
+            if is_gone {
+                endpoint.failures().clear();
+                endpoint.set_ejected(false);
+            }
             true
         });
+        drop(known);
+        // Who is gone is none of the ejected any more, or they would keep others from being ejected.
+        let addresses: HashSet<_> = set.iter().map(|endpoint| endpoint.addr()).collect();
+        let mut detector = self.detector();
+        detector.retain(|addr| addresses.contains(addr));
+        self.set_next_return(&detector);
+        drop(detector);
         set
     }
 
@@ -446,41 +476,11 @@ impl fmt::Debug for ClusterRuntime {
     }
 }
 
-/// One unit of a counter with a limit; given back when it is dropped.
-#[derive(Debug)]
-pub(crate) struct Permit {
-    runtime: Arc<ClusterRuntime>,
-    counter: fn(&ClusterRuntime) -> &AtomicU32,
-}
-
-impl Permit {
-    /// Takes one below `limit`, exactly, whatever other workers do.
-    pub(crate) fn acquire(
-        runtime: &Arc<ClusterRuntime>,
-        counter: fn(&ClusterRuntime) -> &AtomicU32,
-        limit: u32,
-    ) -> Option<Self> {
-        counter(runtime)
-            .try_update(Ordering::AcqRel, Ordering::Relaxed, |count| (count < limit).then(|| count + 1))
-            .ok()?;
-        Some(Self { runtime: Arc::clone(runtime), counter })
-    }
-
-    /// Takes one whatever the limit.
-    pub(crate) fn force(runtime: &Arc<ClusterRuntime>, counter: fn(&ClusterRuntime) -> &AtomicU32) -> Self {
-        counter(runtime).fetch_add(1, Ordering::AcqRel);
-        Self { runtime: Arc::clone(runtime), counter }
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        (self.counter)(&self.runtime).fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use rand::rngs::SmallRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
     use super::*;
     use crate::cluster::{ClusterSpec, EndpointSpec};
 
@@ -545,33 +545,36 @@ mod tests {
         assert_eq!(clusters.runtimes().len(), 0);
     }
 
+    const COUNTERS: [fn(&ClusterRuntime) -> &AtomicU32; 4] = [
+        |runtime| &runtime.connections,
+        |runtime| &runtime.pending,
+        |runtime| &runtime.requests,
+        |runtime| runtime.retries.in_flight(),
+    ];
+
     #[test]
-    fn b6_limits_are_exact_over_threads() {
+    fn b6_limits_are_exact_over_a_million_steps() {
         let clusters = Clusters::new();
         let cluster = cluster(&[1]);
         clusters.reconcile(std::slice::from_ref(&cluster));
         let runtime = cluster.runtime().unwrap();
-        let most = AtomicU32::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    for _ in 0..50_000 {
-                        if let Some(permit) = Permit::acquire(runtime, |runtime| &runtime.requests, 3) {
-                            most.fetch_max(runtime.requests(), Ordering::Relaxed);
-                            drop(permit);
-                        }
-                    }
-                });
+        let mut rng = SmallRng::seed_from_u64(6);
+        let mut held: [Vec<Permit<ClusterRuntime>>; 4] = Default::default();
+        for _ in 0..1_000_000 {
+            let at = rng.random_range(0..4);
+            if rng.random_ratio(2, 5) {
+                held[at].pop();
+                continue;
             }
-        });
-        assert!(most.load(Ordering::Relaxed) <= 3);
-        assert_eq!(runtime.requests(), 0);
-        let held: Vec<_> =
-            (0..3).map(|_| Permit::acquire(runtime, |runtime| &runtime.requests, 3).unwrap()).collect();
-        assert!(
-            Permit::acquire(runtime, |runtime| &runtime.requests, 3).is_none(),
-            "exactly the fourth is refused"
-        );
+            // Also one that a reload has lowered below what is held.
+            let limit = rng.random_range(0..8);
+            let before = held[at].len();
+            let permit = Permit::acquire(runtime, COUNTERS[at], limit);
+            assert_eq!(permit.is_some(), before < limit as usize, "{before} of {limit}");
+            held[at].extend(permit);
+            assert_eq!(COUNTERS[at](runtime).load(Ordering::Relaxed) as usize, held[at].len());
+        }
         drop(held);
+        assert!(COUNTERS.iter().all(|counter| counter(runtime).load(Ordering::Relaxed) == 0));
     }
 }

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use http::HeaderValue;
 use mesh_core::{Connect, Originate};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -17,6 +18,7 @@ use crate::cluster::Cluster;
 use crate::endpoint::Endpoint;
 use crate::pool::{h1, h2};
 use crate::runtime::ClusterRuntime;
+use crate::timeout::Timers;
 
 /// How often idle connections are looked through: so long may one stay open after its endpoint is gone.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -25,6 +27,7 @@ const SWEEP: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Shard {
     inner: Mutex<Inner>,
+    timers: Arc<Timers>,
     connector: Option<Arc<dyn Connect>>,
     originator: Option<Arc<dyn Originate>>,
 }
@@ -36,6 +39,18 @@ pub(crate) struct Inner {
     pub(crate) h2: HashMap<u64, h2::Pool, foldhash::fast::RandomState>,
     cursors: HashMap<u64, Cursors, foldhash::fast::RandomState>,
     sweeping: bool,
+    /// The last number that [`Inner::millis`] wrote.
+    millis: (u64, HeaderValue),
+}
+
+impl Inner {
+    /// A number as the value of a header. Most requests have the same as the one before, and share its text.
+    pub(crate) fn millis(&mut self, millis: u64) -> HeaderValue {
+        if self.millis.0 != millis {
+            self.millis = (millis, HeaderValue::from(millis));
+        }
+        self.millis.1.clone()
+    }
 }
 
 impl Shard {
@@ -71,6 +86,7 @@ impl Shard {
         originator: Option<Arc<dyn Originate>>,
     ) -> Arc<Self> {
         Arc::new(Self {
+            timers: Arc::default(),
             connector,
             originator,
             inner: Mutex::new(Inner {
@@ -79,6 +95,7 @@ impl Shard {
                 h2: HashMap::default(),
                 cursors: HashMap::default(),
                 sweeping: false,
+                millis: (0, HeaderValue::from_static("0")),
             }),
         })
     }
@@ -89,6 +106,11 @@ impl Shard {
 
     pub(crate) fn originator(&self) -> Option<&Arc<dyn Originate>> {
         self.originator.as_ref()
+    }
+
+    /// The timers of its requests.
+    pub(crate) fn timers(&self) -> &Arc<Timers> {
+        &self.timers
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -28,7 +28,10 @@ pub(super) enum UnknownKind {
     Skip,
 }
 
-/// The groups of X-01, and those of Kubernetes that a mesh reads.
+/// The group of our own kinds.
+const OURS: &str = "mesh.rs";
+
+/// The groups of X-01, those of Kubernetes that a mesh reads, and ours.
 pub(super) const GROUPS: &[Group] = &[
     Group::new("networking.istio.io", &["v1", "v1beta1", "v1alpha3"], UnknownKind::Error, false),
     Group::new("security.istio.io", &["v1", "v1beta1"], UnknownKind::Error, true),
@@ -42,6 +45,7 @@ pub(super) const GROUPS: &[Group] = &[
     Group::new("inference.networking.k8s.io", &[], UnknownKind::Warning, false),
     Group::new("", &["v1"], UnknownKind::Skip, false),
     Group::new("discovery.k8s.io", &["v1", "v1beta1"], UnknownKind::Skip, false),
+    Group::new(OURS, &["v1alpha1"], UnknownKind::Error, false),
 ];
 
 impl Group {
@@ -61,7 +65,7 @@ impl Group {
 
     /// Whether the group is Kubernetes' own, whose resources say far more than a mesh reads.
     pub(super) fn is_kubernetes(&self) -> bool {
-        !self.name.ends_with("istio.io")
+        !self.name.ends_with("istio.io") && self.name != OURS
     }
 
     /// Whether `version` is one that is read.

@@ -140,4 +140,6 @@ kinds! {
     authentication_policies: types::authentication::AuthenticationPolicy => "authentication.istio.io", "Policy", Spec;
     /// Istio 1.1's authentication policies of the mesh, oldest first.
     mesh_policies: types::authentication::MeshPolicy => "authentication.istio.io", "MeshPolicy", Spec;
+    /// Scenarios of the simulator, a kind of ours, oldest first.
+    scenarios: types::scenario::Scenario => "mesh.rs", "Scenario", Spec;
 }

@@ -271,7 +271,11 @@ fn index_below(index: &mut DocumentsBuilder, node: &Node) {
             }
         }
         Value::Map(entries) => {
-            entries.iter().for_each(|entry| index_field(index, entry));
+            // A field without a value is one that is not written.
+            entries
+                .iter()
+                .filter(|entry| !matches!(entry.value.value, Value::Null))
+                .for_each(|entry| index_field(index, entry));
         }
     }
 }

@@ -114,7 +114,10 @@ fn read(file: &Arc<str>, node: &Node, before: u32) -> (Option<MeshConfig>, Vec<D
 }
 
 /// The fields that were written. What lies in these is named by itself: one may be honoured and its neighbour not.
-const OPENED: [&str; 2] = ["defaultConfig", "defaultConfig.gatewayTopology"];
+const OPENED: [&str; 3] = ["defaultConfig", "defaultConfig.gatewayTopology", PROXY_METADATA];
+
+/// Not fields but names of the user's.
+const PROXY_METADATA: &str = "defaultConfig.proxyMetadata";
 
 fn written(file: &Arc<str>, node: &Node, before: u32) -> Vec<(String, Position)> {
     let mut fields = Vec::new();
@@ -122,7 +125,12 @@ fn written(file: &Arc<str>, node: &Node, before: u32) -> Vec<(String, Position)>
     while let Some((prefix, node)) = open.pop() {
         let Value::Map(entries) = &node.value else { continue };
         for entry in entries {
-            let path = format!("{prefix}{}", camel(&entry.key));
+            let is_name = prefix.strip_suffix('.') == Some(PROXY_METADATA);
+            let path = if is_name {
+                format!("{prefix}{}", entry.key)
+            } else {
+                format!("{prefix}{}", camel(&entry.key))
+            };
             if OPENED.contains(&path.as_str()) {
                 open.push((format!("{path}."), &entry.value));
             } else {

@@ -330,7 +330,8 @@ mod tests {
             &[SourceFile::new(
                 "a.yaml",
                 "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: a}\nspec:\n  host: a\n\
-                 \x20 trafficPolicy:\n    tls: {mode: SIMPLE}\n    loadBalancer: {simple: RANDOM}\n",
+                 \x20 trafficPolicy:\n    tls: {mode: SIMPLE}\n    loadBalancer: {simple: RANDOM}\n\
+                 \x20   connectionPool:\n    outlierDetection: null\n",
             )],
             &LoadOptions::default(),
         );

@@ -14,4 +14,5 @@ pub use header::HeaderMatcher;
 pub(crate) use header::joined;
 pub use host::{DuplicateHost, HostMap};
 pub use query::QueryMatcher;
-pub use string::{InvalidPattern, StringMatcher};
+pub(crate) use query::first as first_value;
+pub use string::{InvalidPattern, StringMatcher, compile_re2};

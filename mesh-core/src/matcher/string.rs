@@ -74,16 +74,9 @@ impl StringMatcher {
     /// # Errors
     /// [`InvalidPattern`] when the expression is too long, malformed or too large when compiled.
     pub fn regex(pattern: &str) -> Result<Self, InvalidPattern> {
-        let length = pattern.chars().count();
-        if length > MAX_PATTERN {
-            return Err(InvalidPattern::TooLong(length));
-        }
-        let translated = super::re2::translate(pattern).map_err(InvalidPattern::Syntax)?;
         // Compiled alone first: `a)(b` must not become sound by the group that is put around it.
-        let compile = |pattern: &str| RegexBuilder::new(pattern).size_limit(SIZE_LIMIT).build();
-        compile(&translated).map_err(|error| InvalidPattern::Syntax(error.to_string()))?;
-        let full =
-            compile(&full_match(&translated)).map_err(|error| InvalidPattern::Syntax(error.to_string()))?;
+        let part = compile_re2(pattern)?;
+        let full = compile(&full_match(part.as_str()))?;
         Ok(Self(Kind::Regex { full, pattern: pattern.into() }))
     }
 
@@ -161,6 +154,23 @@ impl StringMatcher {
             _ => false,
         }
     }
+}
+
+/// Compiles an RE2 expression that is looked for anywhere in a text.
+///
+/// # Errors
+/// [`InvalidPattern`] when the expression is too long, malformed or too large when compiled.
+pub fn compile_re2(pattern: &str) -> Result<Regex, InvalidPattern> {
+    let length = pattern.chars().count();
+    if length > MAX_PATTERN {
+        return Err(InvalidPattern::TooLong(length));
+    }
+    compile(&super::re2::translate(pattern).map_err(InvalidPattern::Syntax)?)
+}
+
+fn compile(translated: &str) -> Result<Regex, InvalidPattern> {
+    let built = RegexBuilder::new(translated).size_limit(SIZE_LIMIT).build();
+    built.map_err(|error| InvalidPattern::Syntax(error.to_string()))
 }
 
 /// The expression that matches a whole string where `pattern` would match a part.

@@ -256,8 +256,7 @@ impl<S: HttpStack, H: ConnHandler<S>> Acceptor<S, H> {
                 never = self.accept(&listener) => match never {},
             }
         }
-        self.empty_backlog(&listener);
-        drop(listener);
+        close(listener, |stream, peer| self.place(stream, peer));
         passed.close();
         while let Some(passed) = passed.recv().await {
             self.take(passed);
@@ -287,14 +286,6 @@ impl<S: HttpStack, H: ConnHandler<S>> Acceptor<S, H> {
                     tokio::time::sleep(BACK_OFF).await;
                 }
             }
-        }
-    }
-
-    fn empty_backlog(&self, listener: &TcpListener) {
-        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
-        // A failure ends it too: what else waits in the backlog cannot be had.
-        while let std::task::Poll::Ready(Ok((stream, peer))) = listener.poll_accept(&mut cx) {
-            self.place(stream, peer);
         }
     }
 
@@ -374,6 +365,26 @@ impl<S: HttpStack, H: ConnHandler<S>> Acceptor<S, H> {
     }
 }
 
+/// Closes a listener, and takes what waits in its backlog first.
+///
+/// The kernel is asked itself. The runtime knows of nothing that came since it last looked for events, and a worker
+/// that is busy has not looked for a while: what it does not know of would be reset.
+fn close(listener: TcpListener, mut take: impl FnMut(TcpStream, SocketAddr)) {
+    let Ok(listener) = listener.into_std() else { return };
+    loop {
+        let accepted = listener.accept().and_then(|(stream, peer)| {
+            stream.set_nonblocking(true)?;
+            Ok((TcpStream::from_std(stream)?, peer))
+        });
+        match accepted {
+            Ok((stream, peer)) => take(stream, peer),
+            Err(error) if is_of_the_peer(&error) => {}
+            // Nothing waits there any more, or what does cannot be had.
+            Err(_) => return,
+        }
+    }
+}
+
 /// Gives an edge each new snapshot, until its last connection is gone. Idle workers do too, so that no old
 /// generation is kept alive by a worker without requests.
 pub(crate) async fn follow<S>(edge: std::sync::Weak<Edge<S>>, snapshots: Snapshots) {
@@ -399,4 +410,21 @@ fn is_of_the_peer(error: &io::Error) -> bool {
             | io::ErrorKind::ConnectionRefused
             | io::ErrorKind::Interrupted
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn h1_what_the_runtime_has_not_heard_of_is_taken_from_the_backlog() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        // Connected while this thread is busy: the runtime has not looked for events since.
+        let waiting: Vec<_> = (0..8).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+        let mut taken = Vec::new();
+        close(listener, |stream, _| taken.push(stream));
+        assert_eq!(taken.len(), waiting.len());
+        assert!(std::net::TcpStream::connect(address).is_err(), "and then it is closed");
+    }
 }

@@ -5,7 +5,7 @@
 //! connection, and nothing at all on the request path.
 //!
 //! A request counts as in flight while anything of it lives: its context holds an [`InFlight`], and request body,
-//! response body, mirrored copies and tunnels hold the context. So there is no separate guard to forget, and a
+//! response body and tunnels hold the context. So there is no separate guard to forget, and a
 //! tunnel keeps its connection counted after HTTP has let go of it.
 
 use std::pin::pin;

@@ -75,9 +75,12 @@ impl Load {
 
     fn spawn(proxy: SocketAddr, host: &str, clients: usize, body: usize, every: Option<Duration>) -> Self {
         let (stop, done) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
-        let mut set = JoinSet::new();
+        let (mut set, began) = (JoinSet::new(), Instant::now());
         for client in 0..clients {
-            let client = Client { proxy, host: host.to_owned(), client, body, every };
+            // In turn and not all at the same moment, or each client's next request would come with all others'.
+            let from = every.map(|every| began + every * client as u32 / clients as u32);
+            let pace = every.zip(from);
+            let client = Client { proxy, host: host.to_owned(), client, body, pace };
             set.spawn(client.run(Arc::clone(&stop), Arc::clone(&done)));
         }
         Self { stop, done, clients: set }
@@ -114,13 +117,14 @@ struct Client {
     host: String,
     client: usize,
     body: usize,
-    every: Option<Duration>,
+    /// How often, and from when on.
+    pace: Option<(Duration, Instant)>,
 }
 
 impl Client {
     async fn run(self, stop: Arc<AtomicBool>, done: Arc<AtomicU64>) -> Totals {
-        let Self { proxy, host, client, body, every } = self;
-        let mut pace = every.map(tokio::time::interval);
+        let Self { proxy, host, client, body, pace } = self;
+        let mut pace = pace.map(|(every, from)| tokio::time::interval_at(from, every));
         let mut totals = Totals::default();
         let payload = Bytes::from(vec![b'x'; body]);
         let mut number = 0_u64;

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on says so by a panic")]
 
 pub mod h2_raw;
+pub mod h2_upstream;
 pub mod ledger;
 pub mod process;
 pub mod raw;

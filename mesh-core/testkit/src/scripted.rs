@@ -1,6 +1,8 @@
 //! An upstream that does what a script says, request by request: answers, resets, hangs, fails late.
 
+use std::fmt;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -11,6 +13,7 @@ use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -60,16 +63,99 @@ pub enum Reply {
     Hang,
     /// Sends its head and some body, and nothing after that.
     Stall,
+    /// Sends its head and some body, and breaks the connection off; over HTTP/2 resets the stream.
+    Cut,
     /// Answers after this time.
     After(std::time::Duration, u16),
 }
 
-/// An upstream that follows a script.
+/// What an upstream does, whatever it is connected by. Clones share what they have seen.
+#[derive(Clone)]
+pub struct Script {
+    name: &'static str,
+    script: Arc<dyn Fn(&Seen) -> Reply + Send + Sync>,
+    seen: Arc<Mutex<Vec<Seen>>>,
+    open: Arc<AtomicUsize>,
+}
+
+impl Script {
+    /// An upstream of this name that answers as `script` says.
+    pub fn new(name: &'static str, script: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
+        Self { name, script: Arc::new(script), seen: Arc::default(), open: Arc::default() }
+    }
+
+    /// Serves one connection to its end.
+    pub async fn serve<IO>(&self, io: IO, http2: bool)
+    where
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        self.open.fetch_add(1, Ordering::SeqCst);
+        let _open = Open(Arc::clone(&self.open));
+        let service = service_fn(move |request: Request<Incoming>| {
+            let this = self.clone();
+            async move {
+                let seen = see(request, &this.seen).await?;
+                reply(this.name, (this.script)(&seen)).await
+            }
+        });
+        let io = TokioIo::new(io);
+        // A connection that breaks off is what some scripts want.
+        if http2 {
+            let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(io, service)
+                .await;
+        } else {
+            let _ = hyper::server::conn::http1::Builder::new().serve_connection(io, service).await;
+        }
+    }
+
+    /// The requests so far.
+    ///
+    /// # Panics
+    /// Never, but for a panic elsewhere.
+    #[must_use]
+    pub fn seen(&self) -> Vec<Seen> {
+        self.seen.lock().expect("not poisoned").clone()
+    }
+
+    /// How many requests there were.
+    ///
+    /// # Panics
+    /// Never, but for a panic elsewhere.
+    #[must_use]
+    pub fn requests(&self) -> usize {
+        self.seen.lock().expect("not poisoned").len()
+    }
+
+    /// How many connections are open.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::SeqCst)
+    }
+}
+
+impl fmt::Debug for Script {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Script").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Counts a connection until it has ended.
+struct Open(Arc<AtomicUsize>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// An upstream that follows a script, behind a port.
 #[derive(Debug)]
 pub struct Scripted {
     /// Where it listens.
     pub addr: SocketAddr,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    script: Script,
+    connections: Arc<AtomicUsize>,
     accepting: JoinHandle<()>,
 }
 
@@ -83,50 +169,46 @@ impl Scripted {
     pub async fn start(name: &'static str, script: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let addr = listener.local_addr().expect("an address");
-        let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
-        let (log, script) = (Arc::clone(&seen), Arc::new(script));
+        let script = Script::new(name, script);
+        let serving = script.clone();
+        let connections: Arc<AtomicUsize> = Arc::default();
+        let accepted = Arc::clone(&connections);
         let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (log, script) = (Arc::clone(&log), Arc::clone(&script));
+                accepted.fetch_add(1, Ordering::SeqCst);
+                let script = serving.clone();
                 tokio::spawn(async move {
                     let mut first = [0_u8; 4];
                     let http2 = matches!(stream.peek(&mut first).await, Ok(4)) && &first == b"PRI ";
-                    let service = service_fn(move |request: Request<Incoming>| {
-                        let (log, script) = (Arc::clone(&log), Arc::clone(&script));
-                        async move {
-                            let seen = see(request, &log).await?;
-                            reply(name, script(&seen)).await
-                        }
-                    });
-                    let io = TokioIo::new(stream);
-                    // A connection that breaks off is what some scripts want.
-                    if http2 {
-                        let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
-                            .serve_connection(io, service)
-                            .await;
-                    } else {
-                        let _ =
-                            hyper::server::conn::http1::Builder::new().serve_connection(io, service).await;
-                    }
+                    script.serve(stream, http2).await;
                 });
             }
         });
-        Self { addr, seen, accepting }
+        Self { addr, script, connections, accepting }
+    }
+
+    /// Connections that it has accepted.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
     }
 
     /// The requests so far.
-    ///
-    /// # Panics
-    /// Never, but for a panic elsewhere.
     #[must_use]
     pub fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().expect("not poisoned").clone()
+        self.script.seen()
     }
 
     /// How many requests there were.
     #[must_use]
     pub fn requests(&self) -> usize {
-        self.seen().len()
+        self.script.requests()
+    }
+
+    /// How many connections are open.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.script.open()
     }
 }
 
@@ -140,8 +222,8 @@ impl Drop for Scripted {
 #[derive(Debug)]
 struct Broken(Option<h2::Error>);
 
-impl std::fmt::Display for Broken {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the script breaks off")
     }
 }
@@ -206,6 +288,15 @@ async fn reply(name: &'static str, reply: Reply) -> Result<Response<ReplyBody>, 
             let some = futures_util::stream::iter([Ok(Frame::data(Bytes::from_static(b"some")))]);
             let stalled = futures_util::StreamExt::chain(some, futures_util::stream::pending());
             answer(StatusCode::OK, StreamBody::new(stalled).boxed())
+        }
+        Reply::Cut => {
+            let some = futures_util::stream::iter([Ok(Frame::data(Bytes::from_static(b"some")))]);
+            let end = futures_util::stream::once(async {
+                // What has been said is on its way by then.
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                Err(std::io::Error::other("the script breaks off"))
+            });
+            answer(StatusCode::OK, StreamBody::new(futures_util::StreamExt::chain(some, end)).boxed())
         }
     })
 }

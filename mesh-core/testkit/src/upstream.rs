@@ -281,6 +281,17 @@ pub struct Recorder {
     accepting: JoinHandle<()>,
 }
 
+/// When and how a connection ends from our side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// When the client ends it.
+    Never,
+    /// Closed after the first answer.
+    Close,
+    /// Reset after the first answer.
+    Reset,
+}
+
 /// What one connection brought.
 #[derive(Debug, Default)]
 struct Recorded {
@@ -294,6 +305,14 @@ impl Recorder {
     /// # Panics
     /// When no port can be had.
     pub async fn start(answer: &[u8], close: bool) -> Self {
+        Self::ending(answer, if close { Ending::Close } else { Ending::Never }).await
+    }
+
+    /// Answers `answer` whenever the end of a head or of a body has come, and ends the connection in this way.
+    ///
+    /// # Panics
+    /// When no port can be had.
+    pub async fn ending(answer: &[u8], ending: Ending) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let addr = listener.local_addr().expect("an address");
         let connections: Arc<Mutex<Vec<Recorded>>> = Arc::default();
@@ -318,7 +337,14 @@ impl Recorder {
                             whole - std::mem::replace(&mut recorded.answered, whole)
                         };
                         for _ in 0..due {
-                            if stream.write_all(&answer).await.is_err() || close {
+                            if stream.write_all(&answer).await.is_err() {
+                                return;
+                            }
+                            if ending == Ending::Reset {
+                                // Whoever is gone already needs no reset.
+                                let _ = stream.set_zero_linger();
+                            }
+                            if ending != Ending::Never {
                                 return;
                             }
                         }

@@ -19,7 +19,8 @@ pub const SUBZONE: &str = "topology.istio.io/subzone";
 /// Which endpoints a client prefers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LocalityPreference {
-    /// Shares by locality; the first whose `from` is the client's counts. Where one does, nothing else below does.
+    /// Shares by locality; the first whose `from` is the client's counts. Where there are any, nothing below does, not
+    /// even for a client that has none.
     pub distribute: Vec<Distribution>,
     /// `(from, to)`: the region that takes the place of the client's own, before all others.
     pub failover: Vec<(String, String)>,
@@ -63,14 +64,25 @@ impl LocalityPreference {
     pub(crate) fn priorities(&self, client: &ClientLocality, places: &[Place<'_>]) -> Vec<u32> {
         let by_labels = |place: &Place<'_>| label_priority(client, &self.failover_priority, place);
         let by_region = |place: &Place<'_>| region_priority(&client.locality, place.locality, &self.failover);
-        let raw: Vec<_> = places
-            .iter()
-            .map(|place| match (self.failover_priority.is_empty(), self.failover.is_empty()) {
+        Self::without_gaps(places, |place| {
+            match (self.failover_priority.is_empty(), self.failover.is_empty()) {
                 (true, _) => (0, by_region(place)),
                 (false, true) => (by_labels(place), 0),
                 (false, false) => (by_labels(place), by_region(place)),
-            })
-            .collect();
+            }
+        })
+    }
+
+    /// The same for zone aware routing (DR-LB07): within what the labels make of it, regions alone are told apart.
+    pub(crate) fn regions(&self, client: &ClientLocality, places: &[Place<'_>]) -> Vec<u32> {
+        Self::without_gaps(places, |place| {
+            let region = region_priority(&client.locality, place.locality, &self.failover);
+            (label_priority(client, &self.failover_priority, place), region.max(2))
+        })
+    }
+
+    fn without_gaps(places: &[Place<'_>], of: impl Fn(&Place<'_>) -> (u32, u32)) -> Vec<u32> {
+        let raw: Vec<_> = places.iter().map(of).collect();
         let known: BTreeSet<_> = raw.iter().copied().collect();
         raw.iter().map(|priority| known.range(..priority).count() as u32).collect()
     }
@@ -123,6 +135,15 @@ impl LocalityWeights {
         let split = self.0.iter().map(|(locality, weight)| (*weight, in_(locality)));
         split.filter(|(weight, members): &(_, Vec<_>)| *weight > 0 && !members.is_empty()).collect()
     }
+}
+
+/// The members of each locality, in order of locality and without weights.
+pub(super) fn group(members: &[Member]) -> Vec<(u32, Vec<Member>)> {
+    let mut groups: BTreeMap<Arc<str>, Vec<Member>> = BTreeMap::new();
+    for member in members {
+        groups.entry(Arc::clone(&member.locality)).or_default().push(member.clone());
+    }
+    groups.into_values().map(|members| (0, members)).collect()
 }
 
 /// The members with the weights of their localities in theirs.

@@ -20,6 +20,8 @@ const DRAWS: u64 = 32;
 pub(super) struct Maglev(Box<[u32]>);
 
 struct Filler {
+    key: String,
+    index: u32,
     offset: u64,
     skip: u64,
     next: u64,
@@ -31,27 +33,33 @@ impl Maglev {
     /// The table of these endpoints. `size` is a prime number.
     pub(super) fn new(endpoints: &EndpointSet, size: u32) -> Self {
         let size = u64::from(size.max(1));
-        let Some(most) = endpoints.members().map(|member| member.weight).max() else {
+        // Shares of the whole, and their greatest, as Envoy rounds them: with the same numbers the table is the same.
+        let share = |weight: u32| f64::from(weight) / endpoints.total() as f64;
+        let Some(most) = endpoints.members().map(|member| member.weight).max().map(share) else {
             return Self(Box::default());
         };
-        let mut fillers: Vec<_> = endpoints
-            .members()
-            .map(|member| {
+        let mut fillers: Vec<_> = (0_u32..)
+            .zip(endpoints.members())
+            .map(|(index, member)| {
                 let key = member.endpoint.addr().to_string();
                 Filler {
+                    index,
                     offset: xxhash(key.as_bytes(), 0) % size,
                     skip: xxhash(key.as_bytes(), 1) % (size.max(2) - 1) + 1,
                     next: 0,
-                    weight: f64::from(member.weight) / f64::from(most),
+                    weight: share(member.weight),
                     target: 0.0,
+                    key,
                 }
             })
             .collect();
+        // The turns go by address, as Envoy's: a resolver that answers in another order moves no key.
+        fillers.sort_unstable_by(|left, right| left.key.cmp(&right.key));
         let mut table = vec![u32::MAX; size as usize];
         let mut left = table.len();
         let mut round = 1.0;
         while left > 0 {
-            for (index, filler) in (0_u32..).zip(&mut fillers) {
+            for filler in &mut fillers {
                 if left == 0 {
                     break;
                 }
@@ -59,7 +67,7 @@ impl Maglev {
                 if round * filler.weight < filler.target {
                     continue;
                 }
-                filler.target += 1.0;
+                filler.target += most;
                 let place = loop {
                     let place = ((filler.offset + filler.skip * filler.next) % size) as usize;
                     filler.next += 1;
@@ -67,7 +75,7 @@ impl Maglev {
                         break place;
                     }
                 };
-                table[place] = index;
+                table[place] = filler.index;
                 left -= 1;
             }
             round += 1.0;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use mesh_core::{ClusterName, clock};
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
 
@@ -177,29 +178,130 @@ fn dr_od04_who_is_ejected_is_not_picked() {
 }
 
 #[test]
-fn dr_lb04_a_ring_of_1024_places_is_balanced() {
-    // 1024 places of ten endpoints: an arc's share deviates by 1/sqrt(102), about a tenth; three of these are allowed.
+fn dr_lb04_a_ring_is_as_balanced_as_its_places_are_many() {
+    // Of Karger's consistent hashing: with r places for each endpoint a share deviates by 1/sqrt(r) of itself. Three of
+    // these are allowed.
     let endpoints = set(&[1; 10]);
-    let balancer = Balancer::new(&spec(BalancerKind::ring_hash()), &endpoints);
-    let mut counts = BTreeMap::new();
-    for key in 0..100_000 {
-        *counts.entry(by_key(&balancer, key).unwrap()).or_insert(0_usize) += 1;
+    for (minimum_size, each) in [(1024, 102.0_f64), (16_384, 1638.0), (131_072, 13_107.0)] {
+        let balancer = Balancer::new(&spec(BalancerKind::RingHash { minimum_size }), &endpoints);
+        let mut counts = BTreeMap::new();
+        for key in 0..200_000 {
+            *counts.entry(by_key(&balancer, key).unwrap()).or_insert(0_usize) += 1;
+        }
+        // What drawing so many keys adds is below a hundredth.
+        let most = (3.0 / each.sqrt() + 0.01) * 20_000.0;
+        let far = counts.values().map(|count| count.abs_diff(20_000)).max().unwrap();
+        assert!(counts.len() == 10 && far as f64 <= most, "{minimum_size}: {counts:?}");
     }
-    assert!(counts.len() == 10 && counts.values().all(|count| (7_000..13_000).contains(count)), "{counts:?}");
+}
+
+/// The shares of a Maglev table by weight, each with its places in hundredths of what it deserves.
+fn places(weights: &[u32]) -> Vec<f64> {
+    let endpoints = set(weights);
+    let table = maglev::Maglev::new(&endpoints, maglev::TABLE_SIZE);
+    let mut places = vec![0_u32; weights.len()];
+    for place in 0..u64::from(maglev::TABLE_SIZE) {
+        let endpoint = table.pick(place, &endpoints, |_| true).unwrap();
+        places[usize::from(endpoint.addr().port()) - 1] += 1;
+    }
+    let total: u32 = weights.iter().sum();
+    let fair = |weight: u32| f64::from(maglev::TABLE_SIZE) * f64::from(weight) / f64::from(total);
+    places.iter().zip(weights).map(|(places, weight)| f64::from(*places) * 100.0 / fair(*weight)).collect()
+}
+
+#[test]
+fn dr_lb04_the_order_of_endpoints_means_nothing() {
+    // A resolver may answer in another order each time.
+    for (kind, weights) in [
+        (BalancerKind::ring_hash(), &[1; 7][..]),
+        (BalancerKind::maglev(), &[1; 7]),
+        (BalancerKind::Maglev { table_size: 1021 }, &[5, 1, 2, 8, 3]),
+    ] {
+        let endpoints = set(weights);
+        let mut members: Vec<_> = endpoints.members().cloned().collect();
+        members.rotate_left(3);
+        members.swap(0, 1);
+        let one = Balancer::new(&spec(kind), &endpoints);
+        let other = Balancer::new(&spec(kind), &Arc::new(EndpointSet::of(members)));
+        let moved = (0..5_000).filter(|key| by_key(&one, *key) != by_key(&other, *key)).count();
+        assert_eq!(moved, 0, "{kind:?}");
+    }
 }
 
 #[test]
 fn dr_lb04_maglev_is_within_a_hundredth() {
-    for count in [3, 10, 100] {
-        let endpoints = set(&vec![1; count]);
-        let table = maglev::Maglev::new(&endpoints, maglev::TABLE_SIZE);
-        let mut places = vec![0_u32; count];
-        for place in 0..u64::from(maglev::TABLE_SIZE) {
-            let endpoint = table.pick(place, &endpoints, |_| true).unwrap();
-            places[usize::from(endpoint.addr().port()) - 1] += 1;
+    // The paper's bound: with a hundred times as many places as endpoints they differ by at most one in a hundred.
+    for count in [3, 10, 100, 655] {
+        let shares = places(&vec![1; count]);
+        assert!(shares.iter().all(|share| (share - 100.0).abs() <= 1.0), "{count}: {shares:?}");
+    }
+}
+
+#[test]
+fn dr_lb01_of_two_choices_the_fullest_has_hardly_more_than_the_others() {
+    // Azar, Broder, Karlin and Upfal: n requests that last, at n endpoints, put at most ln ln n / ln 2 + O(1) at one,
+    // where one choice puts about ln n / ln ln n. For 1000 these are 2.8 and 3.6, and the constant is taken for 2.
+    // Berenbrink, Czumaj, Steger and Voecking: with m requests it is m/n more, however many they are.
+    let fullest = |kind, each: usize, seed| {
+        let endpoints = set(&[1; 1000]);
+        let balancer = Balancer::new(&spec(kind), &endpoints);
+        let mut caller = Caller { cursors: Cursors::new(0), rng: SmallRng::seed_from_u64(seed) };
+        let mut held = Vec::new();
+        for _ in 0..1000 * each {
+            let port = caller.pick(&balancer, &Choice::default()).unwrap();
+            held.push(endpoints.at(usize::from(port) - 1).unwrap().endpoint.start_request());
         }
-        let fair = f64::from(maglev::TABLE_SIZE) / count as f64;
-        assert!(places.iter().all(|n| (f64::from(*n) - fair).abs() < fair / 100.0 + 1.0), "{places:?}");
+        endpoints.iter().map(|endpoint| endpoint.in_flight()).max().unwrap() as usize - each
+    };
+    for seed in 0..8 {
+        for each in [1, 50] {
+            let most = fullest(BalancerKind::LeastRequest, each, seed);
+            assert!(most <= 4, "{most} more than {each} with seed {seed}");
+        }
+        assert!(fullest(BalancerKind::Random, 50, seed) > 15, "one choice is another matter");
+    }
+}
+
+#[test]
+fn dr_lb09_what_lasts_is_shared_by_weight() {
+    // As above, counted by weight: an endpoint of weight 3 holds three times as much.
+    let weights: Vec<u32> = (0..300).map(|at| at % 3 + 1).collect();
+    let endpoints = set(&weights);
+    let balancer = Balancer::new(&spec(BalancerKind::LeastRequest), &endpoints);
+    let mut caller = Caller::new();
+    let mut held = Vec::new();
+    for _ in 0..600 * 50 {
+        let port = caller.pick(&balancer, &Choice::default()).unwrap();
+        held.push(endpoints.at(usize::from(port) - 1).unwrap().endpoint.start_request());
+    }
+    for member in endpoints.members() {
+        let each = f64::from(member.endpoint.in_flight()) / f64::from(member.weight);
+        assert!((each - 50.0).abs() <= 5.0, "{each} for a weight of {}", member.weight);
+    }
+}
+
+#[test]
+fn dr_lb06_a_locality_takes_less_as_its_endpoints_go() {
+    // The table of Envoy's documentation on locality weighted load balancing: X has weight 1, Y weight 2.
+    for (left, x, y) in [
+        (100, 33.0, 67.0),
+        (70, 33.0, 67.0),
+        (69, 32.0, 68.0),
+        (50, 26.0, 74.0),
+        (25, 15.0, 85.0),
+        (0, 0.0, 100.0),
+    ] {
+        let endpoints = Arc::new(EndpointSet::of((0_u16..200).map(|at| Member {
+            locality: if at < 100 { "x" } else { "y" }.into(),
+            ..Member::new(Arc::new(Endpoint::new(([127, 0, 0, 1], at + 1).into())), 1)
+        })));
+        (left + 1..=100).for_each(|port| at(&endpoints, port).set_ejected(true));
+        let weights = LocalityWeights::new([("x".into(), 1), ("y".into(), 2)]);
+        let spec = ClusterSpec { locality_weights: Some(weights), ..spec(BalancerKind::Random) };
+        let balancer = Balancer::new(&spec, &endpoints);
+        let shares = balancer.localities().next().unwrap();
+        let rounded: Vec<_> = shares.iter().map(|(_, percent)| percent.round()).collect();
+        assert_eq!(rounded, [x, y], "{left} %");
     }
 }
 
@@ -225,7 +327,7 @@ fn dr_lb04_clusters_with_equal_endpoints_share_a_table() {
 }
 
 #[test]
-fn vs_y07_who_was_tried_is_picked_only_when_five_draws_find_nobody_else() {
+fn vs_y07_who_was_tried_is_picked_only_when_nobody_else_is_left() {
     let endpoints = set(&[1, 1]);
     let tried = [at(&endpoints, 1).id()];
     let choice = Choice { tried: &tried, ignore_previous_hosts: true, ..Choice::default() };
@@ -235,8 +337,10 @@ fn vs_y07_who_was_tried_is_picked_only_when_five_draws_find_nobody_else() {
         (0..6_400).filter(|_| caller.pick(&balancer, choice) == Some(1)).count()
     };
     assert_eq!(again(BalancerKind::RoundRobin, &choice), 0);
-    // Five draws of a half each: one in 32.
-    assert!((140..260).contains(&again(BalancerKind::Random, &choice)));
+    // Five draws of a half each miss the other one time in 32; then it is looked for.
+    for kind in [BalancerKind::Random, BalancerKind::LeastRequest] {
+        assert_eq!(again(kind, &choice), 0);
+    }
     assert_eq!(again(BalancerKind::RoundRobin, &Choice { ignore_previous_hosts: false, ..choice }), 3_200);
     for kind in [BalancerKind::ring_hash(), BalancerKind::maglev()] {
         let balancer = Balancer::new(&spec(kind), &endpoints);
@@ -392,7 +496,7 @@ fn clusters_follow_their_resolver_and_their_ejections() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig { rng_seed: RngSeed::Fixed(48), ..ProptestConfig::with_cases(48) })]
 
     #[test]
     fn dr_lb09_a_period_of_turns_has_exactly_the_weights(weights in proptest::collection::vec(1_u32..12, 1..8)) {
@@ -430,6 +534,64 @@ proptest! {
             let others = if kind == BalancerKind::maglev() { 0 } else { KEYS as usize / count };
             let bound = its + others + KEYS as usize * 5 / 100;
             prop_assert!(moved <= bound, "{:?}: {} moved, {} were its", kind, moved, its);
+        }
+    }
+
+    /// One comes to `n`. To Maglev's table it takes its own keys and moves hardly any of the others; on a ring the
+    /// others give places back, so about as many move between them as it takes. Envoy's documentation has 1/n for the
+    /// ring: that is what its own keys are.
+    #[test]
+    fn dr_lb04_when_one_comes_it_takes_its_keys_and_few_others_move(count in 2_usize..40) {
+        const KEYS: usize = 2_000;
+        let endpoints = set(&vec![1; count + 1]);
+        let new = count as u16 + 1;
+        let before = Arc::new(EndpointSet::of(
+            endpoints.members().filter(|member| member.endpoint.addr().port() != new).cloned(),
+        ));
+        for kind in [BalancerKind::ring_hash(), BalancerKind::maglev()] {
+            let (before, after) = (Balancer::new(&spec(kind), &before), Balancer::new(&spec(kind), &endpoints));
+            let picked = |balancer: &Balancer| (0..KEYS as u64).map(|key| by_key(balancer, key)).collect::<Vec<_>>();
+            let (before, after) = (picked(&before), picked(&after));
+            let its = after.iter().filter(|picked| **picked == Some(new)).count();
+            let moved = before.iter().zip(&after).filter(|(before, after)| before != after).count();
+            let others = if kind == BalancerKind::maglev() { 0 } else { KEYS / count };
+            prop_assert!(moved <= its + others + KEYS * 5 / 100, "{:?}: {} moved, {} are its", kind, moved, its);
+            if count >= 30 {
+                prop_assert!(moved <= KEYS / count + KEYS * 5 / 100, "{:?}: {} moved", kind, moved);
+            }
+        }
+    }
+
+    #[test]
+    fn dr_lb09_a_table_gives_each_endpoint_places_by_its_weight(
+        weights in proptest::collection::vec(1_u32..12, 1..30),
+    ) {
+        // The paper's bound, of places by weight.
+        let shares = places(&weights);
+        prop_assert!(shares.iter().all(|share| (share - 100.0).abs() <= 1.0), "{:?} {:?}", weights, shares);
+    }
+
+    /// Envoy's rules in general: everything goes somewhere if anything can; while there is room for everything nobody
+    /// takes more than it can, later ones only what earlier ones cannot, and nobody panics.
+    #[test]
+    fn dr_od04_whatever_is_out_the_load_is_whole(
+        priorities in proptest::collection::vec((0_usize..30, 0_usize..30), 1..6),
+        threshold in 0_u32..=100,
+    ) {
+        let priorities: Vec<_> = priorities.into_iter().map(|(left, out)| (left, left + out)).collect();
+        let loads = priority::loads(&priorities, threshold);
+        let total: u32 = loads.iter().map(|load| load.percent).sum();
+        let endpoints: usize = priorities.iter().map(|(_, all)| all).sum();
+        let some = priorities.iter().any(|(left, _)| *left > 0);
+        prop_assert_eq!(total, if some || (threshold > 0 && endpoints > 0) { 100 } else { 0 });
+        let can: Vec<u32> = priorities.iter().map(|(left, all)| priority::available(*left, *all)).collect();
+        if can.iter().sum::<u32>() >= 100 {
+            let mut left = 100;
+            for (load, can) in loads.iter().zip(can) {
+                prop_assert!(!load.panic);
+                prop_assert_eq!(load.percent, can.min(left));
+                left -= load.percent;
+            }
         }
     }
 }

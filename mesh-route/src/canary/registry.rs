@@ -63,6 +63,7 @@ impl Canaries {
             match self.tick(mesh_core::clock::now()) {
                 None => self.0.changed.notified().await,
                 Some(next) => tokio::select! {
+                    biased;
                     () = tokio::time::sleep_until(next.into()) => {}
                     () = self.0.changed.notified() => {}
                 },

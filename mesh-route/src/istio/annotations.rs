@@ -7,6 +7,8 @@
 //! | `mesh.rs/client-overrides` | VirtualService | `true` | Envoy's headers for timeouts and retries are followed (VS-T02) |
 //! | `mesh.rs/fault-scope` | VirtualService | `per-request`, `per-try` | whether `fault` is drawn for each try, so that retries and timeouts apply to it |
 //! | `mesh.rs/sticky-split` | VirtualService | `header:NAME`, `cookie:NAME`, `source-ip`, `query:NAME` | who stays on a destination of an HTTP rule while its weights change (VS-R05) |
+//! | `mesh.rs/mirror` | VirtualService | a JSON object by mirror (`HOST/SUBSET`, `HOST` or `*`) of `authority`, `set`, `add`, `remove`, `sampleBy` | authority and header operations of mirrored copies, and the key that decides which requests are copied (VS-P04) |
+//! | `mesh.rs/mirror-diff` | VirtualService | a JSON object of `percentage`, `headers`, `baseline`, `baselineAnyMethod`, `bodyBytes` | the answers of mirrors are compared with those of the primary (VS-P05) |
 //! | `mesh.rs/canary` | VirtualService | `canary=SUBSET-OR-HOST; KEY=VALUE; …` | which of two destinations is rolled out by what is measured of it (`canary.rs` has the keys) |
 //! | `mesh.rs/load-balancer` | DestinationRule | `PEAK_EWMA` | the algorithm where the policy names none (DR-LB10) |
 
@@ -25,6 +27,8 @@ pub(super) const STREAM_IDLE_TIMEOUT: &str = "mesh.rs/stream-idle-timeout";
 pub(super) const CLIENT_OVERRIDES: &str = "mesh.rs/client-overrides";
 pub(super) const FAULT_SCOPE: &str = "mesh.rs/fault-scope";
 pub(super) const STICKY_SPLIT: &str = "mesh.rs/sticky-split";
+pub(super) const MIRROR: &str = "mesh.rs/mirror";
+pub(super) const MIRROR_DIFF: &str = "mesh.rs/mirror-diff";
 pub(super) const CANARY: &str = "mesh.rs/canary";
 pub(super) const LOAD_BALANCER: &str = "mesh.rs/load-balancer";
 pub(super) const PEAK_EWMA: &str = "PEAK_EWMA";
@@ -40,6 +44,8 @@ pub(super) const VIRTUAL_SERVICE: Known = &[
     // Judged where faults are compiled.
     (FAULT_SCOPE, |_| Ok(())),
     (CLIENT_OVERRIDES, |value| one_of(value, &["true", "false"])),
+    (MIRROR, |value| super::mirror::Extras::parse(value).map(drop)),
+    (MIRROR_DIFF, |value| super::mirror::diff_policy(value).map(drop)),
     (STICKY_SPLIT, |value| value.parse::<HashPolicy>().map(drop).map_err(|error| error.to_string())),
     // Judged where rollouts are compiled.
     (CANARY, |_| Ok(())),

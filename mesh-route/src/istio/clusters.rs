@@ -12,13 +12,12 @@ use mesh_core::{ClusterName, Direction};
 
 use super::mesh::Mesh;
 use super::{load_balancer, policy, tls};
-use crate::balance::locality::ClientLocality;
 use crate::cluster::{Cluster, ClusterSpec, Discovery, DnsEndpoint, EndpointSpec, UpstreamProtocol};
 
 /// The clusters of a table, each made once.
 pub(super) struct Clusters<'m> {
     mesh: &'m Mesh<'m>,
-    client: ClientLocality,
+    client: load_balancer::Client,
     made: HashMap<ClusterName, Arc<Cluster>>,
     order: Vec<Arc<Cluster>>,
 }
@@ -37,7 +36,7 @@ pub(super) enum Found {
 
 impl<'m> Clusters<'m> {
     pub(super) fn new(mesh: &'m Mesh<'m>) -> Self {
-        let client = load_balancer::client(&mesh.cx.workload);
+        let client = load_balancer::Client::of(mesh);
         Self { mesh, client, made: HashMap::new(), order: Vec::new() }
     }
 

@@ -2,9 +2,11 @@
 
 use mesh_core::diagnostics::{Diagnostics, Severity};
 use mesh_core::istio::Resource;
+use mesh_core::istio::effective::visibility::is_visible;
 use mesh_core::istio::types::common::{StringMatch, StringMatchKind};
 use mesh_core::istio::types::virtual_service::{HttpMatchRequest, HttpRoute, VirtualService};
 
+use super::http::gateway_name;
 use super::mesh::Mesh;
 
 /// The rules of a virtual service with their paths, delegates put in their places.
@@ -22,11 +24,12 @@ pub(super) fn rules(
         };
         let namespace =
             if delegate.namespace.is_empty() { &resource.meta.namespace } else { &delegate.namespace };
+        let default = &mesh.config.default_virtual_service_export_to;
         let found = mesh.set.virtual_services().iter().find(|candidate| {
             candidate.meta.name == delegate.name
                 && candidate.meta.namespace == *namespace
                 && candidate.spec.hosts.is_empty()
-                && is_exported_to(candidate, &resource.meta.namespace)
+                && is_visible(&candidate.spec.export_to, default, namespace, &resource.meta.namespace)
         });
         let Some(found) = found else {
             let message =
@@ -45,13 +48,15 @@ pub(super) fn rules(
             if inner.delegate.is_some() {
                 continue;
             }
-            match merge(rule, inner) {
+            let mut root = rule.clone();
+            qualify_gateways(&mut root, &resource.meta.namespace);
+            match merge(&root, qualified(mesh, inner, namespace)) {
                 Some(merged) => rules.push((path.clone(), merged)),
                 None => diags.warning_at(
                     found.doc,
                     format!("spec.http[{inner_at}].match"),
                     format!(
-                        "takes nothing that {path} of {} takes: the rule has no effect there",
+                        "one of them takes nothing that {path} of {} takes: the rule has no effect there",
                         resource.meta.name
                     ),
                 ),
@@ -61,34 +66,42 @@ pub(super) fn rules(
     rules
 }
 
-fn is_exported_to(delegate: &Resource<VirtualService>, namespace: &str) -> bool {
-    let export_to = &delegate.spec.export_to;
-    export_to.is_empty()
-        || export_to.iter().any(|to| match to.as_str() {
-            "*" => true,
-            "." => delegate.meta.namespace == namespace,
-            other => other == namespace,
-        })
+/// The rule with the names in it as its own namespace means them, for it will stand in another's.
+fn qualified(mesh: &Mesh<'_>, rule: &HttpRoute, namespace: &str) -> HttpRoute {
+    let mut rule = rule.clone();
+    qualify_gateways(&mut rule, namespace);
+    let destinations = rule.route.iter_mut().filter_map(|to| to.destination.as_mut());
+    let mirrors = rule.mirrors.iter_mut().filter_map(|to| to.destination.as_mut());
+    for to in destinations.chain(mirrors).chain(&mut rule.mirror) {
+        to.host = mesh.resolve(&to.host, namespace);
+    }
+    rule
 }
 
-/// The delegate's rule within the root's: its own values, else the root's. `None` when no match of the two agrees.
-fn merge(root: &HttpRoute, delegate: &HttpRoute) -> Option<HttpRoute> {
-    let mut merged = delegate.clone();
-    merged.matches = match (root.matches.as_slice(), delegate.matches.as_slice()) {
-        (outer, []) => outer.to_vec(),
-        ([], inner) => inner.to_vec(),
-        (outer, inner) => {
-            let both: Vec<_> = inner
-                .iter()
-                .flat_map(|inner| outer.iter().filter_map(|outer| merge_match(outer, inner)))
-                .collect();
-            if both.is_empty() {
+fn qualify_gateways(rule: &mut HttpRoute, namespace: &str) {
+    for name in rule.matches.iter_mut().flat_map(|matched| &mut matched.gateways) {
+        *name = gateway_name(name, namespace);
+    }
+}
+
+/// The delegate's rule within the root's: its own values, else the root's. `None` when one of its matches lies within
+/// none of the root's; the others do not count then.
+fn merge(root: &HttpRoute, delegate: HttpRoute) -> Option<HttpRoute> {
+    let mut merged = delegate;
+    if merged.matches.is_empty() {
+        merged.matches.clone_from(&root.matches);
+    } else if !root.matches.is_empty() {
+        let mut both = Vec::with_capacity(merged.matches.len());
+        for inner in &merged.matches {
+            let before = both.len();
+            both.extend(root.matches.iter().filter_map(|outer| merge_match(outer, inner)));
+            if both.len() == before {
                 return None;
             }
-            both
         }
-    };
-    merged.name = match (root.name.as_str(), delegate.name.as_str()) {
+        merged.matches = both;
+    }
+    merged.name = match (root.name.as_str(), merged.name.as_str()) {
         ("", name) | (name, "") => name.to_owned(),
         (root, name) => format!("{root}-{name}"),
     };
@@ -120,7 +133,9 @@ fn merge_match(root: &HttpMatchRequest, delegate: &HttpMatchRequest) -> Option<H
     merged.scheme = merge_string(root.scheme.as_ref(), delegate.scheme.as_ref())?;
     merged.method = merge_string(root.method.as_ref(), delegate.method.as_ref())?;
     merged.authority = merge_string(root.authority.as_ref(), delegate.authority.as_ref())?;
-    merged.ignore_uri_case |= root.ignore_uri_case;
+    if root.ignore_uri_case != delegate.ignore_uri_case {
+        return None;
+    }
     for (root, merged) in [
         (&root.headers, &mut merged.headers),
         (&root.without_headers, &mut merged.without_headers),
@@ -137,17 +152,18 @@ fn merge_match(root: &HttpMatchRequest, delegate: &HttpMatchRequest) -> Option<H
         }
         merged.source_labels.insert(key.clone(), value.clone());
     }
-    let same = |outer: &str, inner: &str| outer.is_empty() || inner.is_empty() || outer == inner;
-    if !same(&root.source_namespace, &delegate.source_namespace)
-        || (root.port != 0 && delegate.port != 0 && root.port != delegate.port)
-    {
+    // A namespace of the root has to be repeated, in Istio too.
+    if !root.source_namespace.is_empty() && root.source_namespace != delegate.source_namespace {
         return None;
     }
-    if merged.source_namespace.is_empty() {
-        merged.source_namespace.clone_from(&root.source_namespace);
+    if root.port != 0 && delegate.port != 0 && root.port != delegate.port {
+        return None;
     }
     if merged.port == 0 {
         merged.port = root.port;
+    }
+    if merged.stat_prefix.is_empty() {
+        merged.stat_prefix.clone_from(&root.stat_prefix);
     }
     if merged.gateways.is_empty() {
         merged.gateways.clone_from(&root.gateways);
@@ -157,16 +173,17 @@ fn merge_match(root: &HttpMatchRequest, delegate: &HttpMatchRequest) -> Option<H
     Some(merged)
 }
 
-/// The narrower of two predicates; `None` when the inner is no part of the outer, or both are expressions.
+/// The narrower of two predicates; `None` when the inner is no part of the outer, as Istio tells it: an expression,
+/// an empty predicate and the empty string contain nothing and lie within nothing.
 fn merge_string(outer: Option<&StringMatch>, inner: Option<&StringMatch>) -> Option<Option<StringMatch>> {
     use StringMatchKind::{Exact, Prefix};
     let (Some(outer), Some(inner)) = (outer, inner) else {
         return Some(inner.or(outer).cloned());
     };
     let contained = match (outer.kind(), inner.kind()) {
-        (Exact(outer), Exact(inner)) => outer == inner,
-        (Prefix(outer), Exact(inner) | Prefix(inner)) => inner.starts_with(outer),
-        _ => outer == inner && !matches!(outer.kind(), StringMatchKind::Regex(_)),
+        (Exact(outer), Exact(inner)) => !outer.is_empty() && outer == inner,
+        (Prefix(outer), Exact(inner) | Prefix(inner)) => !outer.is_empty() && inner.starts_with(outer),
+        _ => false,
     };
     contained.then(|| Some(inner.clone()))
 }

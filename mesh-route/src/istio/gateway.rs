@@ -10,12 +10,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use http::HeaderName;
 use mesh_core::diagnostics::Diagnostics;
 use mesh_core::istio::Resource;
 use mesh_core::istio::effective::host::is_covered_by;
 use mesh_core::istio::effective::scope::is_subset;
 use mesh_core::istio::types::gateway::{Gateway, Server};
 use mesh_core::istio::types::virtual_service::HttpRoute;
+use mesh_core::matcher::{HeaderMatcher, StringMatcher};
 use mesh_core::server::ListenerProtocol;
 use mesh_core::{ListenerSet, ServerTls, Servers};
 
@@ -45,12 +47,7 @@ pub(super) fn table<'m>(
         // A port speaks one of the two.
         exposed.retain(|server| server.tls.is_some() == ends_tls);
         let servers = listener.map(|listener| &listener.servers);
-        let mut hosts: BTreeMap<String, Vec<Arc<Route>>> = BTreeMap::new();
-        let mut redirected: Vec<String> = Vec::new();
-        for server in exposed.iter().filter(|server| server.redirects) {
-            redirected.extend(server.hosts.iter().map(|(_, host)| host.clone()));
-        }
-        let names: Vec<String> = exposed.iter().map(|server| server.gateway.clone()).collect();
+        let mut hosts: BTreeMap<String, Host> = BTreeMap::new();
         for (at, resource) in mesh.set.virtual_services().iter().enumerate() {
             let namespace = &resource.meta.namespace;
             let attached: Vec<_> = exposed.iter().filter(|server| is_attached(resource, server)).collect();
@@ -60,24 +57,31 @@ pub(super) fn table<'m>(
             {
                 continue;
             }
-            let mut domains: Vec<String> = Vec::new();
+            // Under each name the rules are those for the gateways that expose it.
+            let mut domains: Vec<(String, Vec<String>)> = Vec::new();
             for host in resource.spec.hosts.iter().map(|host| mesh.resolve(host, namespace)) {
-                let served =
-                    attached.iter().flat_map(|server| server.hosts.iter().map(move |host| (server, host)));
-                for (server, (scope, served)) in served {
-                    if !(scope == "*" || scope == namespace) {
-                        continue;
-                    }
-                    // The narrower of the two: a server exposes no more than its hosts.
-                    let domain = if is_covered_by(&host, served) {
-                        &host
-                    } else if is_covered_by(served, &host) {
-                        served
-                    } else {
-                        continue;
-                    };
-                    if server.has(domain, servers) && !domains.contains(domain) {
-                        domains.push(domain.clone());
+                for server in &attached {
+                    for (scope, served) in &server.hosts {
+                        if !(scope == "*" || scope == namespace) {
+                            continue;
+                        }
+                        // The narrower of the two: a server exposes no more than its hosts.
+                        let domain = if is_covered_by(&host, served) {
+                            &host
+                        } else if is_covered_by(served, &host) {
+                            served
+                        } else {
+                            continue;
+                        };
+                        if !server.has(domain, servers) {
+                            continue;
+                        }
+                        hosts.entry(domain.clone()).or_default().redirects |= server.redirects;
+                        match domains.iter_mut().find(|(known, _)| known == domain) {
+                            Some((_, gateways)) if gateways.contains(&server.gateway) => {}
+                            Some((_, gateways)) => gateways.push(server.gateway.clone()),
+                            None => domains.push((domain.clone(), vec![server.gateway.clone()])),
+                        }
                     }
                 }
             }
@@ -85,30 +89,49 @@ pub(super) fn table<'m>(
                 continue;
             }
             let rules = rules[at].get_or_insert_with(|| delegate::rules(mesh, resource, diags));
-            let place = Place { gateways: &names, port: Some(port) };
-            let routes = Rules { mesh, clusters, diags }.routes(resource, rules, &place);
-            for domain in domains {
-                hosts.entry(domain).or_default().extend(routes.iter().cloned());
+            let mut compiled: BTreeMap<Vec<String>, Vec<Arc<Route>>> = BTreeMap::new();
+            for (domain, gateways) in domains {
+                let routes = compiled.entry(gateways).or_insert_with_key(|gateways| {
+                    let place = Place { gateways, port: Some(port) };
+                    Rules { mesh, clusters, diags }.routes(resource, rules, &place)
+                });
+                hosts.entry(domain).or_default().routes.extend(routes.iter().cloned());
+            }
+        }
+        for server in exposed.iter().filter(|server| server.redirects) {
+            for (_, host) in &server.hosts {
+                hosts.entry(host.clone()).or_default().redirects = true;
             }
         }
         // The hosts of a server that ends TLS are its own, also where it has no routes for them.
-        let terminated = exposed.iter().filter(|server| server.tls.is_some());
-        let own = terminated.flat_map(|server| server.hosts.iter().map(|(_, host)| host));
-        for host in redirected.iter().chain(own) {
-            hosts.entry(host.clone()).or_default();
-        }
-        for (host, mut routes) in hosts {
-            if redirected.iter().any(|pattern| is_covered_by(&host, pattern)) {
-                routes = vec![to_https()];
+        for server in exposed.iter().filter(|server| server.tls.is_some()) {
+            for (_, host) in &server.hosts {
+                hosts.entry(host.clone()).or_default();
             }
+        }
+        for (host, Host { mut routes, redirects }) in hosts {
             // Catch-alls of one virtual service must not hide the rules of the next (VS-07); the order is stable.
             routes.sort_by_key(|route| route.matcher().is_catch_all());
+            if redirects {
+                routes.insert(0, to_https());
+            }
             let virtual_host = Arc::new(VirtualHost::new(format!("{host}:{port}"), routes));
             // The hosts of one port are the keys of a map, so none stands twice.
             let _ = table.insert(Some(port), &host, virtual_host);
         }
     }
     table
+}
+
+/// The scheme that the client spoke. What it holds is the edge's word: that of clients who are not trusted is replaced.
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// What answers to a name at a port.
+#[derive(Default)]
+struct Host {
+    routes: Vec<Arc<Route>>,
+    /// One of the servers that expose it sends everything to `https`.
+    redirects: bool,
 }
 
 /// One server of HTTP of a gateway that selects the workload.
@@ -169,12 +192,7 @@ fn is_attached(
     resource: &Resource<mesh_core::istio::types::virtual_service::VirtualService>,
     server: &Exposed,
 ) -> bool {
-    let gateways = std::slice::from_ref(&server.gateway);
-    let namespace = &resource.meta.namespace;
-    names_gateway(&resource.spec.gateways, namespace, gateways)
-        || resource.spec.http.iter().flat_map(|rule| &rule.matches).any(|matched| {
-            !matched.gateways.is_empty() && names_gateway(&matched.gateways, namespace, gateways)
-        })
+    names_gateway(&resource.spec.gateways, &resource.meta.namespace, std::slice::from_ref(&server.gateway))
 }
 
 /// Whether a virtual service is exported to the workload's namespace or to that of a gateway it is attached to.
@@ -191,7 +209,10 @@ fn is_exported(
         })
 }
 
+/// Redirects what did not come over TLS, be it here or, as a trusted proxy in front says, there.
 fn to_https() -> Arc<Route> {
     let action = RouteAction::new(ActionKind::Redirect(Redirect::to_https()));
-    Arc::new(Route::new("https_redirect", RouteMatch::default(), Arc::new(action)))
+    let proto = HeaderMatcher::value(FORWARDED_PROTO, StringMatcher::exact("https"));
+    let matcher = RouteMatch { headers: vec![proto.inverted()], ..RouteMatch::default() };
+    Arc::new(Route::new("https_redirect", matcher, Arc::new(action)))
 }

@@ -36,6 +36,10 @@ const VIRTUAL_SERVICE: &[&str] = &[
     "spec.http[*].headers",
     "spec.http[*].fault",
     "spec.http[*].corsPolicy",
+    "spec.http[*].mirror",
+    "spec.http[*].mirrorPercentage",
+    "spec.http[*].mirrorPercent",
+    "spec.http[*].mirrors",
     "spec.http[*].websocketUpgrade",
 ];
 
@@ -43,6 +47,7 @@ const POLICY: &[&str] = &[
     "loadBalancer.simple",
     "loadBalancer.consistentHash",
     "loadBalancer.localityLbSetting",
+    "loadBalancer.zoneAwareLbSetting",
     "loadBalancer.warmup",
     "loadBalancer.warmupDurationSecs",
     "connectionPool.tcp",
@@ -54,6 +59,7 @@ const POLICY: &[&str] = &[
     "connectionPool.http.h2UpgradePolicy",
     "connectionPool.http.useClientProtocol",
     "connectionPool.http.maxConcurrentStreams",
+    "connectionPool.http.http2KeepAlive",
     "outlierDetection.consecutiveErrors",
     "outlierDetection.consecutive5xxErrors",
     "outlierDetection.consecutiveGatewayErrors",
@@ -77,8 +83,9 @@ const POLICIES: &[&str] = &[
 ];
 
 /// The settings of the mesh that routing reads.
-const MESH: [&str; 11] = [
+const MESH: [&str; 13] = [
     "connectTimeout",
+    "defaultConfig.proxyMetadata.ISTIO_META_ENABLE_SELF_DISCOVERY",
     "defaultHttpRetryPolicy",
     "defaultDestinationRuleExportTo",
     "defaultServiceExportTo",
@@ -89,6 +96,7 @@ const MESH: [&str; 11] = [
     "outboundTrafficPolicy",
     "rootNamespace",
     "tcpKeepalive",
+    "zoneAwareLbSetting",
 ];
 
 /// What virtual services say of connections that are not HTTP.
@@ -131,11 +139,7 @@ pub(super) fn honour(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnos
         diags.honour_mesh(path);
     }
     let below = set.mesh_config().default_traffic_policy.as_ref();
-    if below.is_none_or(|policy| {
-        policy.outlier_detection.is_none()
-            && policy.tls.is_none()
-            && policy.load_balancer.as_ref().is_none_or(|balancer| balancer.zone_aware_lb_setting.is_none())
-    }) {
+    if below.is_none_or(|policy| policy.tls.is_none()) {
         diags.honour_mesh("defaultTrafficPolicy");
     }
     for resource in set.virtual_services() {

@@ -19,6 +19,7 @@ use mesh_core::matcher::{HeaderMatcher, QueryMatcher, StringMatcher};
 use super::clusters::{Clusters, Found};
 use super::mesh::Mesh;
 use super::{annotations, retry};
+use crate::cluster::Discovery;
 use crate::direct_response::DirectResponse;
 use crate::headers::HeaderOps;
 use crate::redirect::{Redirect, RedirectPath, RedirectPort};
@@ -283,6 +284,7 @@ impl<'m> Rules<'_, 'm> {
         forward.idle_timeout =
             annotation(annotations::STREAM_IDLE_TIMEOUT).and_then(|value| annotations::duration(value).ok());
         forward.client_overrides = annotation(annotations::CLIENT_OVERRIDES) == Some("true");
+        forward.mirrors = super::mirror::compile(self, resource, path, rule, place);
         if let Some(rewrite) = &rule.rewrite {
             let at = format!("{path}.rewrite");
             forward.rewrite = Rewrite {
@@ -327,7 +329,20 @@ impl<'m> Rules<'_, 'm> {
             );
         };
         let mut compiled = match self.clusters.find(&host, port, place.port, &to.subset) {
-            Found::Cluster(cluster) => Destination::new(cluster),
+            Found::Cluster(cluster) => {
+                let nobody =
+                    matches!(&cluster.spec().discovery, Discovery::Static(listed) if listed.is_empty());
+                // Slices and Endpoints do not carry the labels of pods: easily nobody is in any subset.
+                let others = || self.mesh.service(&host).is_some_and(|service| !service.instances.is_empty());
+                if nobody && !to.subset.is_empty() && others() {
+                    let message = format!(
+                        "no endpoint of {host:?} has the labels of the subset {:?}: requests get 503 UH",
+                        to.subset
+                    );
+                    warn("subset", None, message);
+                }
+                Destination::new(cluster)
+            }
             Found::UnknownHost(name) => {
                 warn(
                     "host",
@@ -396,16 +411,17 @@ impl<'m> Rules<'_, 'm> {
             port: match (redirect.port, redirect.derive_port) {
                 (Some(port), _) => u16::try_from(port).map_or(RedirectPort::Keep, RedirectPort::Number),
                 (None, Some(RedirectPortSelection::FromRequestPort)) => RedirectPort::FromRequest,
-                (None, Some(RedirectPortSelection::FromProtocolDefault)) => RedirectPort::ProtocolDefault,
-                (None, None) => RedirectPort::Keep,
+                // Envoy's own way, which keeps a port that the authority has.
+                (None, Some(RedirectPortSelection::FromProtocolDefault) | None) => RedirectPort::Keep,
             },
             path: match (redirect.uri.as_str(), redirect.prefix_rewrite.as_str()) {
                 ("", "") => RedirectPath::Keep,
                 ("", prefix) => {
                     let matched = matched.and_then(|m| m.uri.as_ref()).map(StringMatch::kind);
+                    // No match at all is the prefix `/`, as for a rewrite.
                     let length = match matched {
                         Some(StringMatchKind::Prefix(matched)) => matched.len(),
-                        _ => 0,
+                        _ => 1,
                     };
                     RedirectPath::ReplacePrefix(length, prefix.into())
                 }
@@ -459,15 +475,16 @@ pub(super) fn names_gateway(named: &[String], namespace: &str, gateways: &[Strin
     if named.is_empty() {
         return gateways.iter().any(|gateway| gateway == "mesh");
     }
-    named.iter().any(|name| {
-        let full = match name.split_once('/') {
-            Some((".", name)) => format!("{namespace}/{name}"),
-            Some(_) => name.clone(),
-            None if name == "mesh" => name.clone(),
-            None => format!("{namespace}/{name}"),
-        };
-        gateways.contains(&full)
-    })
+    named.iter().any(|name| gateways.contains(&gateway_name(name, namespace)))
+}
+
+/// A gateway as a rule in `namespace` names it, in full: `mesh` or `namespace/name`.
+pub(super) fn gateway_name(name: &str, namespace: &str) -> String {
+    match name.split_once('/') {
+        Some((".", name)) => format!("{namespace}/{name}"),
+        None if name != "mesh" => format!("{namespace}/{name}"),
+        _ => name.to_owned(),
+    }
 }
 
 /// The name of a rule that has none: its virtual service and place, so that a log line finds it.

@@ -92,7 +92,7 @@ struct Rules<'a, 'm> {
 impl<'m> Rules<'_, 'm> {
     fn sidecar(&mut self) {
         let mesh = self.mesh;
-        let headless = headless(mesh);
+        let headless = mesh.headless();
         let attached = self.attached_to_sidecars();
         let mut used: BTreeSet<(usize, &str)> = BTreeSet::new();
         // Hosts that no service has are answered there, whatever the address.
@@ -185,7 +185,7 @@ impl<'m> Rules<'_, 'm> {
             .map(|(at, resource)| {
                 let namespace = &resource.meta.namespace;
                 let hosts = resource.spec.hosts.iter().map(|host| mesh.resolve(host, namespace));
-                (at, resource, hosts.filter(|host| mesh.imports_some(namespace, host)).collect::<Vec<_>>())
+                (at, resource, hosts.filter(|host| mesh.imports_rule(namespace, host)).collect::<Vec<_>>())
             })
             .filter(|(_, _, hosts)| !hosts.is_empty())
             .collect()
@@ -458,13 +458,7 @@ impl<'r> From<&'r TlsMatchAttributes> for Match<'r> {
 /// Whether rules of a virtual service may be for one of these gateways: by its own list, or by that of a match.
 fn is_attached(resource: &Resource<VirtualService>, gateways: &[String]) -> bool {
     let (spec, namespace) = (&resource.spec, &resource.meta.namespace);
-    let of_tls = spec.tls.iter().flat_map(|rule| &rule.matches).map(|matched| &matched.gateways);
-    let of_tcp = spec.tcp.iter().flat_map(|rule| &rule.matches).map(|matched| &matched.gateways);
-    !(spec.tls.is_empty() && spec.tcp.is_empty())
-        && (names_gateway(&spec.gateways, namespace, gateways)
-            || of_tls
-                .chain(of_tcp)
-                .any(|named| !named.is_empty() && names_gateway(named, namespace, gateways)))
+    !(spec.tls.is_empty() && spec.tcp.is_empty()) && names_gateway(&spec.gateways, namespace, gateways)
 }
 
 /// Whether HTTP rules of some virtual service may answer to hosts that no service has.
@@ -474,17 +468,6 @@ fn attached_http(mesh: &Mesh<'_>) -> bool {
         !resource.spec.http.is_empty()
             && names_gateway(&resource.spec.gateways, &resource.meta.namespace, &gateways)
     })
-}
-
-/// The hosts of Kubernetes' headless services, whose clients choose among the instances by themselves.
-fn headless(mesh: &Mesh<'_>) -> BTreeSet<String> {
-    let services = mesh.set.services().iter().filter(|service| service.spec.is_headless());
-    services
-        .map(|service| {
-            let (name, namespace) = (&service.meta.name, &service.meta.namespace);
-            format!("{name}.{namespace}.svc.{}", mesh.cx.cluster_domain).to_ascii_lowercase()
-        })
-        .collect()
 }
 
 fn addresses(service: &Service) -> Vec<IpNet> {

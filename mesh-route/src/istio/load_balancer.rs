@@ -16,24 +16,32 @@ use mesh_core::istio::types::destination_rule::{
     ConsistentHashLb, LoadBalancerSettings, LocalityLbSetting, SimpleLb, TrafficPolicy,
 };
 
-use super::annotations;
 use super::mesh::Mesh;
+use super::{annotations, zone_aware};
 use crate::balance::locality::{ClientLocality, Distribution, LocalityPreference, REGION, SUBZONE, ZONE};
 use crate::balance::{WarmUp, maglev, ring_hash};
 use crate::cluster::{BalancerKind, ClusterSpec, Discovery};
 use crate::hash_policy::{HashCookie, HashPolicy};
 
-/// The label by which a workload names its locality itself, with `.` in place of `/`.
-const ISTIO_LOCALITY: &str = "istio-locality";
+/// The labels by which a workload names its locality itself, with `.` in place of `/`; the first counts.
+const ISTIO_LOCALITY: [&str; 2] = ["topology.istio.io/locality", "istio-locality"];
+
+/// The client of a table.
+pub(super) struct Client {
+    pub(super) place: ClientLocality,
+    /// The others of its service, for zone aware routing.
+    pub(super) siblings: zone_aware::Clients,
+}
 
 /// Puts the load balancing of a policy into a cluster, as the client sees it.
 pub(super) fn apply(
     policy: &EffectivePolicy<'_>,
     rule: Option<&MergedRule<'_>>,
     mesh: &Mesh<'_>,
-    client: &ClientLocality,
+    client: &Client,
     mut spec: ClusterSpec,
 ) -> ClusterSpec {
+    let Client { place: client, siblings } = client;
     let settings = policy.load_balancer;
     let hash = settings.and_then(|settings| settings.consistent_hash.as_ref());
     spec.balancer = match hash {
@@ -46,6 +54,12 @@ pub(super) fn apply(
         .filter(|_| matches!(spec.balancer, BalancerKind::RoundRobin | BalancerKind::LeastRequest));
     locate(client, &mut spec);
     let own = settings.and_then(|settings| settings.locality_lb_setting.as_ref());
+    // What the rule says of either comes before what the mesh says of both.
+    let zones = settings.and_then(|settings| settings.zone_aware_lb_setting.as_ref());
+    let of_mesh = mesh.config.zone_aware_lb_setting.as_ref().filter(|_| own.is_none() && hash.is_none());
+    if let Some(zones) = zones.or(of_mesh).filter(|zones| zones.enabled != Some(false)) {
+        return zone_aware::apply(zones, client, siblings, spec);
+    }
     let setting = match (own, hash) {
         (Some(own), _) => Some(own),
         (None, Some(_)) => return spec,
@@ -66,8 +80,15 @@ pub(super) fn apply(
     spec.with_locality_preference(&preference, client)
 }
 
+impl Client {
+    pub(super) fn of(mesh: &Mesh<'_>) -> Self {
+        let place = place(&mesh.cx.workload);
+        Self { siblings: zone_aware::clients(mesh, &place), place }
+    }
+}
+
 /// Where a workload is, by its labels.
-pub(super) fn client(workload: &Workload) -> ClientLocality {
+fn place(workload: &Workload) -> ClientLocality {
     let label = |key: &str| workload.labels.get(key).map(String::as_str);
     ClientLocality { locality: by_labels(label).unwrap_or_default(), labels: workload.labels.clone() }
 }
@@ -86,8 +107,9 @@ pub(super) fn check(set: &ResourceSet, diags: &mut Diagnostics) {
                     Finding::Error(message) => diags.error_at(resource.doc, path, message),
                     Finding::Warning(message) => diags.warning_at(resource.doc, path, message),
                 });
-                if settings.zone_aware_lb_setting.is_some_and(|setting| setting.enabled == Some(false)) {
-                    diags.honour(resource.doc, &format!("{path}.zoneAwareLbSetting"));
+                if let Some(setting) = &settings.zone_aware_lb_setting {
+                    let by_hash = settings.consistent_hash.is_some();
+                    zone_aware::check(setting, by_hash, set.mesh_config(), resource.doc, &path, diags);
                 }
             }
         }
@@ -215,8 +237,8 @@ fn preference(setting: &LocalityLbSetting) -> LocalityPreference {
 }
 
 /// `region/zone/subzone` by the labels of a workload; `None` when they say nothing.
-fn by_labels<'l>(label: impl Fn(&str) -> Option<&'l str>) -> Option<String> {
-    if let Some(locality) = label(ISTIO_LOCALITY).filter(|locality| !locality.is_empty()) {
+pub(super) fn by_labels<'l>(label: impl Fn(&str) -> Option<&'l str>) -> Option<String> {
+    if let Some(locality) = ISTIO_LOCALITY.into_iter().find_map(&label).filter(|own| !own.is_empty()) {
         let own = if locality.contains('/') { locality.to_owned() } else { locality.replace('.', "/") };
         return Some(own);
     }
@@ -225,7 +247,7 @@ fn by_labels<'l>(label: impl Fn(&str) -> Option<&'l str>) -> Option<String> {
     Some(locality.trim_end_matches('/').to_owned()).filter(|locality| !locality.is_empty())
 }
 
-/// Where endpoints are that do not say it themselves: by their labels; and the region of a zone that is the client's,
+/// Where endpoints are that do not say it themselves: by their labels; and the region of a zone without one,
 /// because Kubernetes' endpoints know only their zone.
 fn locate(client: &ClientLocality, spec: &mut ClusterSpec) {
     let place = |locality: &mut Arc<str>, labels: &[(String, String)]| {
@@ -234,13 +256,8 @@ fn locate(client: &ClientLocality, spec: &mut ClusterSpec) {
             if let Some(labelled) = by_labels(label) {
                 *locality = labelled.into();
             }
-        } else if let Some(zone) = locality.strip_prefix('/') {
-            let mut own = client.locality.splitn(3, '/');
-            if let (Some(region), Some(own_zone)) = (own.next(), own.next())
-                && own_zone == zone
-            {
-                *locality = format!("{region}/{zone}").into();
-            }
+        } else if let Some(home) = home(client, locality) {
+            *locality = home.into();
         }
     };
     match &mut spec.discovery {
@@ -256,4 +273,12 @@ fn locate(client: &ClientLocality, spec: &mut ClusterSpec) {
         }
         _ => {}
     }
+}
+
+/// The locality of which only the zone is known: in the client's region, because Kubernetes says zones of its own nodes,
+/// and one cluster is hardly ever in two regions. `None` when the region is known, or the client's is not.
+pub(super) fn home(client: &ClientLocality, locality: &str) -> Option<String> {
+    let zone = locality.strip_prefix('/')?;
+    let region = client.locality.split('/').next().filter(|region| !region.is_empty())?;
+    Some(format!("{region}/{zone}"))
 }

@@ -1,13 +1,13 @@
 //! The mesh as one workload sees it: services by host, names, scopes.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use mesh_core::config::{CompileContext, Role};
 use mesh_core::istio::effective::destination_rule::{DestinationRules, EffectivePolicy, MergedRule};
 use mesh_core::istio::effective::host::resolve;
-use mesh_core::istio::effective::sidecar::{allows, allows_some, sidecar_of};
+use mesh_core::istio::effective::sidecar::{allows, allows_rule, sidecar_of};
 use mesh_core::istio::effective::visibility::is_visible;
 use mesh_core::istio::types::mesh_config::MeshConfig;
 use mesh_core::istio::types::sidecar::{OutboundMode, Sidecar};
@@ -30,11 +30,12 @@ impl<'a> Mesh<'a> {
         let config: &MeshConfig = set.mesh_config();
         let root_namespace =
             if config.root_namespace.is_empty() { &cx.root_namespace } else { &config.root_namespace };
-        let services = set.registry(&cx.cluster_domain).services();
+        let mut services = set.registry(&cx.cluster_domain).services();
         let mut by_host: HashMap<Arc<str>, Vec<usize>> = HashMap::new();
         for (at, service) in services.iter().enumerate() {
             by_host.entry(Arc::clone(&service.host)).or_default().push(at);
         }
+        follow_aliases(&mut services, &by_host);
         let rules = DestinationRules::new(
             set.destination_rules(),
             &cx.cluster_domain,
@@ -122,6 +123,17 @@ impl<'a> Mesh<'a> {
         }
     }
 
+    /// The hosts of Kubernetes' headless services, whose clients choose among the instances by themselves.
+    pub(super) fn headless(&self) -> BTreeSet<String> {
+        let services = self.set.services().iter().filter(|service| service.spec.is_headless());
+        services
+            .map(|service| {
+                let (name, namespace) = (&service.meta.name, &service.meta.namespace);
+                format!("{name}.{namespace}.svc.{}", self.cx.cluster_domain).to_ascii_lowercase()
+            })
+            .collect()
+    }
+
     /// Whether a resource of `namespace` is exported to the workload's.
     pub(super) fn is_exported(&self, export_to: &[String], default: &[String], namespace: &str) -> bool {
         is_visible(export_to, default, namespace, self.namespace())
@@ -132,14 +144,39 @@ impl<'a> Mesh<'a> {
         self.sidecar.is_none_or(|sidecar| allows(sidecar, &self.cx.workload, host, namespace, port))
     }
 
-    /// Whether the workload's Sidecar imports a host of `namespace` at some port.
-    pub(super) fn imports_some(&self, namespace: &str, host: &str) -> bool {
-        self.sidecar.is_none_or(|sidecar| allows_some(sidecar, &self.cx.workload, host, namespace))
+    /// Whether the workload's Sidecar imports a rule for a host of `namespace`.
+    pub(super) fn imports_rule(&self, namespace: &str, host: &str) -> bool {
+        self.sidecar.is_none_or(|sidecar| allows_rule(sidecar, &self.cx.workload, host, namespace))
     }
 
     /// What happens to destinations that nobody knows (SC-02).
     pub(super) fn outbound_mode(&self) -> OutboundMode {
         let sidecar = self.sidecar.and_then(|sidecar| sidecar.spec.outbound_traffic_policy.as_ref());
         sidecar.map_or_else(|| self.config.outbound_mode(), |policy| policy.mode)
+    }
+}
+
+/// How many names may stand for each other in a row.
+const MAX_ALIASES: usize = 10;
+
+/// A name that stands for another service answers at the ports of that, whatever it says of its own, as in Istio.
+fn follow_aliases(services: &mut [Service], by_host: &HashMap<Arc<str>, Vec<usize>>) {
+    let target = |of: &Service| {
+        let mut alias = Arc::clone(of.alias_of.as_ref()?);
+        for _ in 0..MAX_ALIASES {
+            let service = &services[*by_host.get(&alias)?.first()?];
+            match &service.alias_of {
+                None => return Some((alias, service.ports.clone())),
+                Some(next) => alias = Arc::clone(next),
+            }
+        }
+        None
+    };
+    let targets: Vec<_> = services.iter().map(target).collect();
+    for (service, target) in services.iter_mut().zip(targets) {
+        if let Some((target, ports)) = target {
+            service.alias_of = Some(target);
+            service.ports = ports;
+        }
     }
 }

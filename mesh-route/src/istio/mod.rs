@@ -6,6 +6,7 @@
 //! reported as not enforced.
 
 mod annotations;
+mod attach;
 mod canary;
 mod clusters;
 mod cors;
@@ -17,10 +18,12 @@ mod http;
 mod l4;
 mod load_balancer;
 mod mesh;
+mod mirror;
 mod outbound;
 mod policy;
 mod retry;
 mod tls;
+mod zone_aware;
 
 use mesh_core::Direction;
 use mesh_core::config::{Compile, CompileContext, Rejected, Role};
@@ -35,6 +38,8 @@ impl Compile<ResourceSet> for RouteTable {
         honour::honour(set, cx, diags);
         fault::annotations(set, diags);
         load_balancer::check(set, diags);
+        mirror::check(set, diags);
+        attach::check(set, diags);
         let mesh = mesh::Mesh::new(set, cx);
         canary::check(&mesh, diags);
         let mut clusters = clusters::Clusters::new(&mesh);

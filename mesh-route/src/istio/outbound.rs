@@ -32,13 +32,16 @@ pub(super) fn table<'m>(
 ) -> RouteTable {
     let mut table = RouteTable::empty(KeyedBy::Destination);
     let services = mesh.visible();
+    let headless = mesh.headless();
     let owners = owners(mesh, diags);
     let mut claimed: BTreeSet<&str> = BTreeSet::new();
+    let mut ports: Vec<BTreeSet<u16>> = vec![BTreeSet::new(); owners.all.len()];
+    let mut entries = Vec::with_capacity(services.len());
     let gateways = [MESH.to_owned()];
     for service in &services {
         clusters.all_of(service);
         let owner = owners.for_host(&service.host);
-        if let Some(owner) = owner {
+        if let Some((_, owner)) = owner {
             claimed.extend(
                 owner.hosts.iter().filter(|host| is_covered_by(&service.host, host)).map(String::as_str),
             );
@@ -48,7 +51,8 @@ pub(super) fn table<'m>(
             port.protocol.is_http() && mesh.imports(&service.namespace, &service.host, port.number)
         };
         for port in service.ports.iter().filter(imported) {
-            let mut routes = owner.map_or_else(Vec::new, |owner| {
+            let mut routes = owner.map_or_else(Vec::new, |(at, owner)| {
+                ports[at].insert(port.number);
                 let place = Place { gateways: &gateways, port: Some(port.number) };
                 Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place)
             });
@@ -59,23 +63,33 @@ pub(super) fn table<'m>(
             let name = format!("{}:{}", service.host, port.number);
             hosts.push((port.number, Arc::new(VirtualHost::new(name, routes))));
         }
-        add(mesh, &mut table, service, &hosts);
+        let instances = headless.contains(&*service.host);
+        entries.push((names(mesh, service, instances), hosts));
     }
-    // Hosts of virtual services that no service has answer at the port of plain HTTP.
-    for owner in &owners.all {
-        for host in owner.hosts.iter().filter(|host| !claimed.contains(host.as_str())) {
-            let place = Place { gateways: &gateways, port: Some(HTTP) };
-            let routes = Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place);
-            if routes.is_empty() {
-                continue;
-            }
-            let virtual_host = Arc::new(VirtualHost::new(format!("{host}:{HTTP}"), routes));
-            for domain in domains(mesh, host) {
-                // A name that a service has already is the service's.
-                let _ = table.insert(Some(HTTP), &domain, Arc::clone(&virtual_host));
-                let _ = table.insert(None, &domain, Arc::clone(&virtual_host));
-            }
+    // Hosts of virtual services that no service has answer at the ports of the services that the same virtual service
+    // is for, else at the port of plain HTTP.
+    for (owner, mut ports) in owners.all.iter().zip(ports) {
+        if ports.is_empty() {
+            ports.insert(HTTP);
         }
+        for host in owner.hosts.iter().filter(|host| !claimed.contains(host.as_str())) {
+            let mut hosts = Vec::with_capacity(ports.len());
+            for &port in &ports {
+                let place = Place { gateways: &gateways, port: Some(port) };
+                let routes = Rules { mesh, clusters, diags }.routes(owner.resource, &owner.rules, &place);
+                if !routes.is_empty() {
+                    hosts.push((port, Arc::new(VirtualHost::new(format!("{host}:{port}"), routes))));
+                }
+            }
+            entries.push((domains(mesh, host), hosts));
+        }
+    }
+    // A host in full is its own before it is another's short name, and of equals it is the first's.
+    for (names, hosts) in &entries {
+        insert(&mut table, names.split_at(1).0, hosts);
+    }
+    for (names, hosts) in &entries {
+        insert(&mut table, names.split_at(1).1, hosts);
     }
     let mode = mesh.outbound_mode();
     let unknown = clusters.unknown(mode);
@@ -105,20 +119,21 @@ struct Owners<'a> {
 
 impl<'a> Owners<'a> {
     /// The owner of a host: of its exact name, else of the longest wildcard that covers it.
-    fn for_host(&self, host: &str) -> Option<&Owner<'a>> {
-        if let Some(at) = self.exact.get(host) {
-            return self.all.get(*at);
-        }
-        let wildcards =
-            self.all.iter().flat_map(|owner| owner.hosts.iter().map(move |pattern| (owner, pattern)));
-        wildcards
-            .filter(|(_, pattern)| pattern.starts_with('*') && is_covered_by(host, pattern))
-            // Of equals the first, which is the oldest.
-            .fold(None, |best: Option<(&Owner<'a>, &String)>, next| match best {
-                Some(best) if best.1.len() >= next.1.len() => Some(best),
-                _ => Some(next),
-            })
-            .map(|(owner, _)| owner)
+    fn for_host(&self, host: &str) -> Option<(usize, &Owner<'a>)> {
+        let wildcard = || {
+            let all = self.all.iter().enumerate();
+            let wildcards = all.flat_map(|(at, owner)| owner.hosts.iter().map(move |pattern| (at, pattern)));
+            wildcards
+                .filter(|(_, pattern)| pattern.starts_with('*') && is_covered_by(host, pattern))
+                // Of equals the first, which is the oldest.
+                .fold(None, |best: Option<(usize, &String)>, next| match best {
+                    Some(best) if best.1.len() >= next.1.len() => Some(best),
+                    _ => Some(next),
+                })
+                .map(|(at, _)| at)
+        };
+        let at = self.exact.get(host).copied().or_else(wildcard)?;
+        Some((at, self.all.get(at)?))
     }
 }
 
@@ -130,10 +145,8 @@ fn owners<'m>(mesh: &'m Mesh<'m>, diags: &mut Diagnostics) -> Owners<'m> {
     for resource in mesh.set.virtual_services() {
         let namespace = &resource.meta.namespace;
         let spec = &resource.spec;
-        let attached = names_gateway(&spec.gateways, namespace, &gateways)
-            || spec.http.iter().flat_map(|rule| &rule.matches).any(|matched| {
-                !matched.gateways.is_empty() && names_gateway(&matched.gateways, namespace, &gateways)
-            });
+        // The gateways of a match choose among these and attach nowhere.
+        let attached = names_gateway(&spec.gateways, namespace, &gateways);
         let default = &mesh.config.default_virtual_service_export_to;
         // Who has no HTTP rules takes no host from those who have.
         let routes_http = !spec.http.is_empty();
@@ -147,7 +160,7 @@ fn owners<'m>(mesh: &'m Mesh<'m>, diags: &mut Diagnostics) -> Owners<'m> {
         let mut hosts = Vec::with_capacity(spec.hosts.len());
         for (at, host) in spec.hosts.iter().enumerate() {
             let host = mesh.resolve(host, namespace);
-            if !mesh.imports_some(namespace, &host) {
+            if !mesh.imports_rule(namespace, &host) {
                 continue;
             }
             match taken.get(&host) {
@@ -187,10 +200,13 @@ fn default_route(
     Some(Arc::new(Route::new("default", RouteMatch::default(), Arc::new(action))))
 }
 
-/// Adds the virtual hosts of a service: at each of its ports, and for requests that name no port at 80, else at its
-/// only HTTP port. A service with several and none of them 80 answers such requests with 404 `NR`.
-fn add(mesh: &Mesh<'_>, table: &mut RouteTable, service: &Service, hosts: &[(u16, Arc<VirtualHost>)]) {
+/// The names and addresses of a service, its host first, and those of its instances where they have some: those of a
+/// headless service are called `instance.service`.
+fn names(mesh: &Mesh<'_>, service: &Service, instances: bool) -> Vec<String> {
     let mut names = domains(mesh, &service.host);
+    if instances {
+        names.extend(names.clone().iter().map(|name| format!("*.{name}")));
+    }
     names.extend(
         service
             .addresses
@@ -198,16 +214,21 @@ fn add(mesh: &Mesh<'_>, table: &mut RouteTable, service: &Service, hosts: &[(u16
             .filter(|address| !address.contains('/'))
             .map(|address| if address.contains(':') { format!("[{address}]") } else { address.to_string() }),
     );
+    names
+}
+
+/// Adds virtual hosts, each at its port, and for requests that name no port the one at 80, else the only one. Of
+/// several with none at 80 such requests get 404 `NR`. A name that is there already stays as it is.
+fn insert(table: &mut RouteTable, names: &[String], hosts: &[(u16, Arc<VirtualHost>)]) {
     let without_port = match hosts {
         [] => return,
         [(_, only)] => Arc::clone(only),
         several => match several.iter().find(|(port, _)| *port == HTTP) {
             Some((_, host)) => Arc::clone(host),
-            None => Arc::new(VirtualHost::new(service.host.as_ref(), [])),
+            None => Arc::new(VirtualHost::new(names.first().map_or("", String::as_str), [])),
         },
     };
-    for name in &names {
-        // A name that two services share belongs to the first; the names themselves are unique but for aliases.
+    for name in names {
         let _ = table.insert(None, name, Arc::clone(&without_port));
         for (port, host) in hosts {
             let _ = table.insert(Some(*port), name, Arc::clone(host));
@@ -215,7 +236,7 @@ fn add(mesh: &Mesh<'_>, table: &mut RouteTable, service: &Service, hosts: &[(u16
     }
 }
 
-/// The names that a host answers to: for `n.ns.svc.DOMAIN` also `n.ns.svc` and `n.ns`, and for clients in `ns` `n`.
+/// The names that a host answers to, itself first: for `n.ns.svc.DOMAIN` also `n.ns.svc` and `n.ns`, and for clients in `ns` `n`.
 fn domains(mesh: &Mesh<'_>, host: &str) -> Vec<String> {
     let mut names = vec![host.to_owned()];
     let suffix = format!(".svc.{}", mesh.cx.cluster_domain);

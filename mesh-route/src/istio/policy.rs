@@ -8,7 +8,7 @@ use mesh_core::istio::types::destination_rule::{self as istio, H2UpgradePolicy};
 use mesh_core::registry::{AppProtocol, ServicePort};
 
 use super::mesh::Mesh;
-use crate::cluster::{ClusterSpec, PoolSettings, TcpKeepalive, UpstreamProtocol};
+use crate::cluster::{ClusterSpec, Http2Keepalive, PoolSettings, TcpKeepalive, UpstreamProtocol};
 use crate::outlier::OutlierDetection;
 use crate::retry::RetryBudget;
 
@@ -33,14 +33,16 @@ fn protocol(policy: &EffectivePolicy<'_>, mesh: &Mesh<'_>, declared: AppProtocol
     if http.is_some_and(|http| http.use_client_protocol) {
         return UpstreamProtocol::Downstream;
     }
-    let upgrade = match http.map(|http| http.h2_upgrade_policy) {
-        Some(H2UpgradePolicy::Upgrade) => true,
-        Some(H2UpgradePolicy::DoNotUpgrade) => false,
-        Some(H2UpgradePolicy::Default) | None => mesh.config.h2_upgrade_policy == H2UpgradePolicy::Upgrade,
-    };
+    let asked = http.map_or(H2UpgradePolicy::Default, |http| http.h2_upgrade_policy);
+    let of_mesh =
+        asked == H2UpgradePolicy::Default && mesh.config.h2_upgrade_policy == H2UpgradePolicy::Upgrade;
     match declared {
         AppProtocol::Http2 => UpstreamProtocol::Http2,
-        AppProtocol::Http if upgrade => UpstreamProtocol::Http2,
+        AppProtocol::Http if of_mesh => UpstreamProtocol::Http2,
+        // Whose own rule asks for it knows that the port is HTTP; the mesh does not.
+        AppProtocol::Http | AppProtocol::Sniff if asked == H2UpgradePolicy::Upgrade => {
+            UpstreamProtocol::Http2
+        }
         // A gateway does not carry its clients' protocol into the mesh unless it is told to.
         AppProtocol::Sniff if mesh.cx.role == Role::Sidecar => UpstreamProtocol::Downstream,
         AppProtocol::Http | AppProtocol::Tls | AppProtocol::Tcp | AppProtocol::Sniff => {
@@ -156,6 +158,12 @@ fn pool(policy: &EffectivePolicy<'_>, mesh: &Mesh<'_>) -> PoolSettings {
             probes: Some(keepalive.probes).filter(|probes| *probes > 0),
             time: keepalive.time.map(|time| time.to_std()),
             interval: keepalive.interval.map(|interval| interval.to_std()),
+        }),
+        http2_keepalive: http.and_then(|http| http.http2_keepalive).and_then(|keepalive| {
+            Some(Http2Keepalive {
+                interval: keepalive.interval?.to_std(),
+                timeout: keepalive.timeout?.to_std(),
+            })
         }),
     }
 }

@@ -11,14 +11,19 @@ use crate::retry::{Backoff, RetryOn, RetryPolicy};
 
 /// The policy of a route that says nothing (VS-Y01): that of the mesh, else Istio's.
 pub(super) fn default(mesh: &Mesh<'_>) -> RetryPolicy {
-    let istio = match mesh.cx.compat {
-        Compat::V1_1 => RetryPolicy::istio_1_1_default(),
-        _ => RetryPolicy::istio_default(),
-    };
+    let istio = of_istio(mesh);
     match &mesh.config.default_http_retry_policy {
         // What the mesh says was judged when it was loaded.
         Some(retries) => policy(retries, &istio).unwrap_or(istio),
         None => istio,
+    }
+}
+
+/// What a policy does not say, wherever it stands: a rule's does not inherit from the mesh's.
+fn of_istio(mesh: &Mesh<'_>) -> RetryPolicy {
+    match mesh.cx.compat {
+        Compat::V1_1 => RetryPolicy::istio_1_1_default(),
+        _ => RetryPolicy::istio_default(),
     }
 }
 
@@ -30,10 +35,9 @@ pub(super) fn of_rule(
     retries: Option<&HttpRetry>,
     diags: &mut Diagnostics,
 ) -> Option<RetryPolicy> {
-    let default = default(mesh);
     let mut compiled = match retries {
-        None => default,
-        Some(retries) => match policy(retries, &default) {
+        None => default(mesh),
+        Some(retries) => match policy(retries, &of_istio(mesh)) {
             Ok(policy) => policy,
             Err(error) => {
                 diags.error_at(resource.doc, format!("{path}.retries.retryOn"), error.to_string());

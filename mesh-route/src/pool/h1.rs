@@ -1,4 +1,9 @@
 //! HTTP/1.1: one request at a time on a connection, the last one used first.
+//!
+//! **One probe.** Of an endpoint to which no connection has been made yet, or none since the last one failed, it is not
+//! known whether it is there. Then one request connects and the others wait for what comes of it: a crowd knocks once
+//! at a door that does not open, and fails together and not one after the other. As soon as one connection has been
+//! made, requests connect side by side.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,9 +14,9 @@ use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1};
 use hyper_util::rt::TokioIo;
 use mesh_core::{Body, Error, Spoken};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
-use super::{ConnMeta, Slot, exchange_error, pending};
+use super::{ConnMeta, Slot, again, pending, upstream_error};
 use crate::cluster::ClusterSpec;
 use crate::connect::open;
 use crate::endpoint::Endpoint;
@@ -28,6 +33,14 @@ pub(crate) struct Pool {
     idle: Vec<Idle>,
     waiters: VecDeque<oneshot::Sender<Conn>>,
     open: usize,
+    /// Whether the last connection that was begun and ended was made.
+    proven: bool,
+    connecting: usize,
+    /// Connections that were begun, and the last of them that failed: who waited for it fails with it.
+    attempts: u64,
+    failed: Option<(u64, Arc<Error>)>,
+    /// Told when a connection has been made, or will not be.
+    changed: Arc<Notify>,
 }
 
 #[derive(Debug)]
@@ -55,7 +68,9 @@ impl Pool {
     pub(crate) fn sweep(&mut self, now: Instant, expired: &mut Vec<Idle>) -> bool {
         expired.extend(self.idle.extract_if(.., |idle| !idle.is_usable(now)));
         self.waiters.retain(|waiter| !waiter.is_closed());
-        self.open > 0 || !self.idle.is_empty() || !self.waiters.is_empty()
+        // Who waits for a connection that is being made holds `changed`, and finds here what came of it.
+        let is_awaited = self.connecting > 0 || Arc::strong_count(&self.changed) > 1;
+        self.open > 0 || is_awaited || !self.idle.is_empty() || !self.waiters.is_empty()
     }
 
     fn checkout(&mut self, now: Instant) -> Option<Conn> {
@@ -121,6 +136,7 @@ impl Lease {
             return Ok(lease);
         }
         let _pending = pending(runtime, &spec.pool)?;
+        Self::after_probe(shard, endpoint).await?;
         loop {
             let mut freed = std::pin::pin!(runtime.freed.notified());
             // From here on a slot that becomes free is not missed.
@@ -142,6 +158,8 @@ impl Lease {
             let mut waiting = Waiting { receiver: waiting, endpoint: endpoint.id(), shard };
             let mut busy = Busy { conn: busy, endpoint: endpoint.id(), shard };
             tokio::select! {
+                // The same events in the same order: what happens can be replayed.
+                biased;
                 () = busy.ready() => {
                     if let Some(conn) = busy.conn.take() {
                         return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
@@ -157,7 +175,44 @@ impl Lease {
         }
     }
 
+    /// Waits while another request finds out whether the endpoint is there.
+    async fn after_probe(shard: &Shard, endpoint: &Endpoint) -> Result<(), Error> {
+        let mut waited = u64::MAX;
+        let change = Arc::clone(&shard.lock().h1.entry(endpoint.id()).or_default().changed);
+        loop {
+            let mut changed = std::pin::pin!(change.notified());
+            // From here on nothing that changes is missed.
+            changed.as_mut().enable();
+            {
+                let mut inner = shard.lock();
+                let pool = inner.h1.entry(endpoint.id()).or_default();
+                if let Some((attempt, error)) = &pool.failed
+                    && *attempt >= waited
+                {
+                    return Err(again(error));
+                }
+                if pool.proven || pool.connecting == 0 {
+                    return Ok(());
+                }
+                waited = pool.attempts;
+            }
+            changed.await;
+        }
+    }
+
     async fn make(
+        shard: &Arc<Shard>,
+        spec: &ClusterSpec,
+        endpoint: &Arc<Endpoint>,
+        slot: Slot,
+    ) -> Result<Self, Error> {
+        let connecting = Connecting::new(shard, endpoint.id());
+        let made = Self::connect(shard, spec, endpoint, slot).await;
+        connecting.ended(made.as_ref().err());
+        made
+    }
+
+    async fn connect(
         shard: &Arc<Shard>,
         spec: &ClusterSpec,
         endpoint: &Arc<Endpoint>,
@@ -169,7 +224,7 @@ impl Lease {
             .max_buf_size(BUFFER)
             .handshake(TokioIo::new(stream))
             .await
-            .map_err(exchange_error)?;
+            .map_err(upstream_error)?;
         tokio::spawn(async move {
             // What ends it is seen by whoever holds the sender.
             let _ = connection.with_upgrades().await;
@@ -271,6 +326,42 @@ impl Drop for Opened {
             && let Some(pool) = shard.lock().h1.get_mut(&self.endpoint)
         {
             pool.open = pool.open.saturating_sub(1);
+        }
+    }
+}
+
+/// One connection being made; whoever waits for it hears of its end, good or bad.
+struct Connecting<'s> {
+    shard: &'s Shard,
+    endpoint: u64,
+    attempt: u64,
+}
+
+impl<'s> Connecting<'s> {
+    fn new(shard: &'s Shard, endpoint: u64) -> Self {
+        let mut inner = shard.lock();
+        let pool = inner.h1.entry(endpoint).or_default();
+        pool.connecting += 1;
+        pool.attempts += 1;
+        Self { shard, endpoint, attempt: pool.attempts }
+    }
+
+    /// What came of it.
+    fn ended(self, error: Option<&Error>) {
+        if let Some(pool) = self.shard.lock().h1.get_mut(&self.endpoint) {
+            pool.proven = error.is_none();
+            if let Some(error) = error {
+                pool.failed = Some((self.attempt, Arc::new(again(error))));
+            }
+        }
+    }
+}
+
+impl Drop for Connecting<'_> {
+    fn drop(&mut self) {
+        if let Some(pool) = self.shard.lock().h1.get_mut(&self.endpoint) {
+            pool.connecting = pool.connecting.saturating_sub(1);
+            pool.changed.notify_waiters();
         }
     }
 }

@@ -1,5 +1,7 @@
 //! HTTP/2: many requests on a connection; another connection only when the streams of all are taken.
 
+mod settings;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,9 +17,10 @@ use mesh_core::{Body, Error, Spoken};
 use pin_project::pin_project;
 use tokio::sync::Notify;
 
-use super::{ConnMeta, Slot, again, exchange_error, pending};
+use self::settings::Watched;
+use super::{ConnMeta, Slot, again, pending, upstream_error};
 use crate::cluster::ClusterSpec;
-use crate::connect::{Stream as Transport, open};
+use crate::connect::open;
 use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
@@ -50,7 +53,8 @@ struct Conn {
 /// One stream of a connection.
 #[derive(Debug)]
 pub(crate) struct Lease {
-    sender: http2::SendRequest<Body>,
+    /// Until the request is sent, and no longer; see [`Lease::send`].
+    sender: Option<http2::SendRequest<Body>>,
     local: Option<std::net::SocketAddr>,
     _stream: Stream,
 }
@@ -81,7 +85,8 @@ impl Pool {
                 && conn.meta.is_fresh(|| now)
                 && conn.meta.idle_timeout.is_none_or(|timeout| idle < timeout)
         });
-        self.connecting > 0 || !self.conns.is_empty()
+        // Who waits for a connection that is being made holds `changed`, and finds here what came of it.
+        self.connecting > 0 || Arc::strong_count(&self.changed) > 1 || !self.conns.is_empty()
     }
 
     fn checkout(&mut self) -> Option<Lease> {
@@ -103,7 +108,7 @@ impl Conn {
         self.streams.fetch_add(1, Ordering::Relaxed);
         self.meta.served = self.meta.served.saturating_add(1);
         Lease {
-            sender: self.sender.clone(),
+            sender: Some(self.sender.clone()),
             local: self.meta.local,
             _stream: Stream { streams: Arc::clone(&self.streams), changed: Arc::clone(changed) },
         }
@@ -128,9 +133,9 @@ impl Lease {
         }
         let _pending = pending(runtime, &spec.pool)?;
         let mut waited = u64::MAX;
+        let change = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
         loop {
-            let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
-            let mut changed = std::pin::pin!(changed.notified());
+            let mut changed = std::pin::pin!(change.notified());
             let mut freed = std::pin::pin!(runtime.freed.notified());
             // From here on nothing that changes is missed.
             changed.as_mut().enable();
@@ -155,6 +160,8 @@ impl Lease {
                 return Self::make(shard, spec, endpoint, slot).await;
             }
             tokio::select! {
+                // The same events in the same order: what happens can be replayed.
+                biased;
                 () = changed => {}
                 () = freed => {}
             }
@@ -185,20 +192,32 @@ impl Lease {
         slot: Slot,
     ) -> Result<Self, Error> {
         let (stream, local) = open(shard, &endpoint.target(Spoken::Http2), &spec.pool).await?;
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        let allowed = Arc::new(AtomicU32::new(u32::MAX));
+        let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
+        let stream = Watched::new(stream, slot, Arc::clone(&allowed), changed);
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(STREAM_WINDOW * 16)
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(exchange_error)?;
-        let allowed = Arc::new(AtomicU32::new(u32::MAX));
-        let changed = shard.lock().h2.get(&endpoint.id()).map(|pool| Arc::clone(&pool.changed));
-        let driver = Driver { connection, allowed: Arc::clone(&allowed), changed };
+            .initial_connection_window_size(STREAM_WINDOW * 16);
+        if let Some(keepalive) = spec.pool.http2_keepalive {
+            builder
+                .keep_alive_interval(keepalive.interval)
+                .keep_alive_timeout(keepalive.timeout)
+                .keep_alive_while_idle(true);
+        }
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(upstream_error)?;
+        let (pools, id) = (Arc::downgrade(shard), endpoint.id());
         tokio::spawn(async move {
             // What ends it is seen by whoever holds a sender.
-            let _ = driver.await;
-            drop(slot);
+            let _ = connection.await;
+            let Some(shard) = pools.upgrade() else { return };
+            let ended: Vec<_> = match shard.lock().h2.get_mut(&id) {
+                Some(pool) => pool.conns.extract_if(.., |conn| conn.sender.is_closed()).collect(),
+                None => Vec::new(),
+            };
+            // Outside the lock: a request that was not taken comes back by this.
+            drop(ended);
         });
         shard.sweep();
         let mut inner = shard.lock();
@@ -216,12 +235,15 @@ impl Lease {
         Ok(lease)
     }
 
-    /// Sends the request, now; the future is that of its response.
+    /// Sends the request, now; the future is that of its response. Called once.
+    ///
+    /// A request that another thread is handing over just when its connection ends is left between the two, and comes
+    /// back only when the last sender of that connection is gone. So neither a lease nor the pool keeps one.
     pub(crate) fn send(
         &mut self,
         request: Request<Body>,
     ) -> impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Body>>>> + use<> {
-        self.sender.try_send_request(request)
+        Handed(self.sender.take().map(|mut sender| sender.try_send_request(request)))
     }
 
     /// Our end of the connection.
@@ -230,30 +252,18 @@ impl Lease {
     }
 }
 
-/// Drives a connection and publishes how many streams the peer allows.
+/// A request that was handed to its connection. Without one there is nothing to wait for, and no end of it.
 #[pin_project]
-struct Driver<C> {
-    #[pin]
-    connection: C,
-    allowed: Arc<AtomicU32>,
-    changed: Option<Arc<Notify>>,
-}
+struct Handed<F>(#[pin] Option<F>);
 
-type Http2Connection = http2::Connection<TokioIo<Transport>, Body, TokioExecutor>;
+impl<F: Future> Future for Handed<F> {
+    type Output = F::Output;
 
-impl Future for Driver<Http2Connection> {
-    type Output = hyper::Result<()>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut this = self.project();
-        let ended = this.connection.as_mut().poll(cx);
-        let allowed = u32::try_from(this.connection.current_max_send_streams()).unwrap_or(u32::MAX);
-        if this.allowed.swap(allowed, Ordering::Relaxed) < allowed
-            && let Some(changed) = this.changed
-        {
-            changed.notify_waiters();
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        match self.project().0.as_pin_mut() {
+            Some(handed) => handed.poll(cx),
+            None => Poll::Pending,
         }
-        ended
     }
 }
 

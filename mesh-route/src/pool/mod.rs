@@ -14,15 +14,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::StatusCode;
 use mesh_core::{Error, ErrorKind, ResponseFlags};
 
+use crate::circuit_breaker;
 use crate::cluster::PoolSettings;
 use crate::endpoint::Endpoint;
-use crate::runtime::{ClusterRuntime, Permit};
-
-/// Says in a reply that a limit of ours refused the request.
-const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
+use crate::permit::Permit;
+use crate::runtime::ClusterRuntime;
 
 /// What a connection is, beside hyper's handle.
 #[derive(Debug)]
@@ -60,7 +59,7 @@ impl ConnMeta {
 pub(crate) struct Slot {
     runtime: Arc<ClusterRuntime>,
     endpoint: Arc<Endpoint>,
-    permit: Option<Permit>,
+    permit: Option<Permit<ClusterRuntime>>,
 }
 
 impl Slot {
@@ -93,26 +92,22 @@ impl Drop for Slot {
 }
 
 /// A place among the requests that wait for a connection.
-fn pending(runtime: &Arc<ClusterRuntime>, settings: &PoolSettings) -> Result<Permit, Error> {
+fn pending(runtime: &Arc<ClusterRuntime>, settings: &PoolSettings) -> Result<Permit<ClusterRuntime>, Error> {
     Permit::acquire(runtime, |runtime| &runtime.pending, settings.max_pending_requests)
         .ok_or_else(|| overflow(runtime))
 }
 
-/// A limit of the cluster refuses the request: 503 `UO`.
+/// A limit of the cluster refuses the request.
 pub(crate) fn overflow(runtime: &ClusterRuntime) -> Error {
     runtime.overflows.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    Error::new(
-        ErrorKind::Overflow,
-        StatusCode::SERVICE_UNAVAILABLE,
-        ResponseFlags::UPSTREAM_OVERFLOW,
-        "upstream_reset_before_response_started{overflow}",
-    )
-    .with_header(OVERLOADED, HeaderValue::from_static("true"))
-    .with_body("upstream connect error or disconnect/reset before headers. reset reason: overflow")
+    circuit_breaker::overflow()
 }
 
-/// What hyper says of an exchange that failed after the request may have been written.
-pub(crate) fn exchange_error(error: hyper::Error) -> Error {
+/// What hyper says of an exchange that failed after the request may have been written, for a client over
+/// `hyper::client::conn` whose requests go through layers: retries and outlier detection read its kind. A connection that
+/// could not be made is not hyper's to tell; that is [`ErrorKind::ConnectFailure`].
+#[must_use]
+pub fn upstream_error(error: hyper::Error) -> Error {
     let mut kind = ErrorKind::UpstreamReset;
     let (status, flags, reason) = if error.is_parse() || error.is_parse_too_large() {
         kind = ErrorKind::UpstreamProtocol;

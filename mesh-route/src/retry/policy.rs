@@ -64,6 +64,8 @@ pub enum RetryClass {
     Never,
     /// Nothing: only what was not written is sent again, and that comes back by itself.
     Connect,
+    /// The head: there is no body.
+    Head,
     /// The head, and a copy of the body while it is small enough.
     Replay,
 }
@@ -277,13 +279,13 @@ impl RetryPolicy {
         self
     }
 
-    /// What has to be kept of a request.
+    /// What has to be kept of a request: by its protocols, and whether it has a body.
     #[must_use]
-    pub fn class(&self, grpc: bool, http2: bool, idempotent: bool) -> RetryClass {
+    pub fn class(&self, grpc: bool, http2: bool, idempotent: bool, has_body: bool) -> RetryClass {
         if self.attempts == 0 {
             RetryClass::Never
         } else if self.on.needs_replay(grpc, http2) && (idempotent || !self.only_idempotent || http2) {
-            RetryClass::Replay
+            if has_body { RetryClass::Replay } else { RetryClass::Head }
         } else if self.on.conditions == 0 {
             RetryClass::Never
         } else {
@@ -403,20 +405,21 @@ mod tests {
     }
 
     #[test]
-    fn the_class_is_the_least_that_will_do() {
+    fn vs_y08_the_class_is_the_least_that_will_do() {
         let default = RetryPolicy::istio_default();
-        assert_eq!(default.class(false, false, true), RetryClass::Connect);
-        assert_eq!(default.class(true, false, true), RetryClass::Replay);
-        assert_eq!(default.class(false, true, true), RetryClass::Replay);
-        assert_eq!(RetryPolicy::never().class(true, true, true), RetryClass::Never);
-        assert_eq!(RetryPolicy::new(1, on("503")).class(false, false, true), RetryClass::Replay);
+        let of = |policy: &RetryPolicy, grpc, http2| {
+            [true, false].map(|has_body| policy.class(grpc, http2, true, has_body))
+        };
+        assert_eq!(of(&default, false, false), [RetryClass::Connect; 2]);
+        assert_eq!(of(&default, true, false), [RetryClass::Replay, RetryClass::Head]);
+        assert_eq!(of(&default, false, true), [RetryClass::Replay, RetryClass::Head]);
+        assert_eq!(of(&RetryPolicy::never(), true, true), [RetryClass::Never; 2]);
+        let answers = RetryPolicy::new(1, on("503"));
+        assert_eq!(of(&answers, false, false), [RetryClass::Replay, RetryClass::Head]);
+        assert_eq!(answers.idempotent_only().class(false, false, false, true), RetryClass::Connect);
         assert_eq!(
-            RetryPolicy::new(1, on("503")).idempotent_only().class(false, false, false),
-            RetryClass::Connect
-        );
-        assert_eq!(
-            RetryPolicy::new(1, on("retriable-status-codes")).class(false, false, true),
-            RetryClass::Connect
+            of(&RetryPolicy::new(1, on("retriable-status-codes")), false, false),
+            [RetryClass::Connect; 2]
         );
     }
 

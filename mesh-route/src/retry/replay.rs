@@ -50,32 +50,45 @@ impl Replay {
             if body.size_hint().lower() > MOST_BYTES as u64 {
                 record.lock().lose();
                 *request.body_mut() = body;
+            } else if let Some(data) = body.as_full() {
+                // It is all there, so it need not pass first.
+                record.lock().keep(data.clone());
+                *request.body_mut() = body;
             } else {
                 *request.body_mut() = body.with_hook(record.clone());
             }
             record
         });
+        Self { body, ..Self::of_head(request) }
+    }
+
+    /// Copies the head alone.
+    pub(crate) fn of_head<B>(request: &Request<B>) -> Self {
         Self {
             method: request.method().clone(),
             uri: request.uri().clone(),
             version: request.version(),
             headers: request.headers().clone(),
-            body,
+            body: None,
         }
     }
 
     /// The request once more; `None` when its body was not kept whole.
     pub(crate) fn request(&self) -> Option<Request<Body>> {
-        let body = match &self.body {
+        Some(self.with_body(match &self.body {
             None => Body::empty(),
             Some(record) => record.lock().replayed()?,
-        };
+        }))
+    }
+
+    /// The head once more, with this body.
+    pub(crate) fn with_body<B>(&self, body: B) -> Request<B> {
         let mut request = Request::new(body);
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.uri.clone();
         *request.version_mut() = self.version;
         *request.headers_mut() = self.headers.clone();
-        Some(request)
+        request
     }
 }
 
@@ -89,6 +102,12 @@ impl Recorded {
     fn lose(&mut self) {
         self.state = State::Lost;
         self.pieces = Vec::new();
+    }
+
+    fn keep(&mut self, whole: Bytes) {
+        self.bytes = whole.len();
+        self.pieces.push(whole);
+        self.state = State::Whole;
     }
 
     fn replayed(&self) -> Option<Body> {
@@ -208,9 +227,18 @@ mod tests {
         let replay = Replay::of(&mut request);
         request.into_body().collect().await.unwrap();
         assert!(replay.request().is_some(), "as much as is allowed");
-        let mut request = Request::new(Body::full("abc"));
+        let mut request = Request::new(streamed(vec![Frame::data(Bytes::from_static(b"abc"))]));
         let replay = Replay::of(&mut request);
         drop(request);
         assert!(replay.request().is_none(), "it was dropped before it had passed");
+    }
+
+    #[tokio::test]
+    async fn bug_a_body_of_one_piece_was_lost_when_its_connection_died_before_it_was_read() {
+        let mut request = Request::new(Body::full("abc"));
+        let replay = Replay::of(&mut request);
+        drop(request);
+        let again = replay.request().unwrap();
+        assert_eq!(again.into_body().collect().await.unwrap().to_bytes(), "abc");
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! In this order: the route, the weighted destination (chosen once), the pick of an endpoint, the limit on connections,
 //! which is exact, the connection, the copying. What fails before there is an upstream resets the downstream, so that
-//! its client does not take it for an orderly end, and is reported with Envoy's flags.
+//! its client does not take it for an orderly end, and is reported with Envoy's flags. Whether the connection could be
+//! made is told to outlier detection.
 //!
 //! A connection may live for weeks, so once its endpoint is picked it holds nothing of the configuration: neither the
 //! snapshot nor the cluster, only its places in their counters.
@@ -25,6 +26,7 @@ use crate::balance::Choice;
 use crate::cluster::{BalancerKind, Cluster, Discovery, PoolSettings};
 use crate::connect::open;
 use crate::endpoint::{Endpoint, InFlight};
+use crate::outlier::{Observation, OutlierDetection};
 use crate::pool;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
@@ -72,9 +74,32 @@ pub struct TcpReport {
 struct Picked {
     endpoint: Arc<Endpoint>,
     settings: PoolSettings,
+    watch: Option<Watch>,
     _slot: pool::Slot,
     _in_flight: InFlight,
 }
+
+/// Whom outlier detection is told whether there is a connection, as in Envoy: what becomes of it later says nothing.
+struct Watch {
+    config: OutlierDetection,
+    runtime: Arc<ClusterRuntime>,
+    /// How many there are in the cluster.
+    endpoints: usize,
+}
+
+impl Watch {
+    fn of(cluster: &Cluster, runtime: &Arc<ClusterRuntime>) -> Option<Self> {
+        let config = cluster.spec().outlier_detection.clone()?;
+        Some(Self { config, runtime: Arc::clone(runtime), endpoints: cluster.endpoints().len() })
+    }
+
+    fn tell(self, endpoint: &Endpoint, seen: Observation) {
+        self.runtime.observe(&self.config, endpoint, seen, || self.endpoints);
+    }
+}
+
+/// What a connection that was made counts as.
+const MADE: Observation = Observation::Status(200);
 
 impl TcpDispatch {
     /// Forwards by this table.
@@ -124,13 +149,24 @@ impl TcpDispatch {
         drop(snapshot);
         let mut cut = pin!(cut);
         let left = match picked {
-            Ok(picked) => {
+            Ok(mut picked) => {
+                let watch = picked.watch.take();
                 let target = picked.endpoint.target(Spoken::Bytes);
                 let connected = tokio::select! {
-                    connected = open(&self.shard, &target, &picked.settings) => connected.map_err(|error| {
-                        report.transport_failure = std::error::Error::source(&error).map(ToString::to_string);
-                        error.flags()
-                    }),
+                    connected = open(&self.shard, &target, &picked.settings) => {
+                        let seen = match &connected {
+                            Ok(_) => Some(MADE),
+                            Err(error) => Observation::of_failure(error.kind()),
+                        };
+                        if let (Some(watch), Some(seen)) = (watch, seen) {
+                            watch.tell(&picked.endpoint, seen);
+                        }
+                        connected.map_err(|error| {
+                            report.transport_failure =
+                                std::error::Error::source(&error).map(ToString::to_string);
+                            error.flags()
+                        })
+                    }
                     () = cut.as_mut() => Err(super::relay::End::Cut.flags()),
                 };
                 match connected {
@@ -189,7 +225,13 @@ impl TcpDispatch {
             runtime.overflows.fetch_add(1, Ordering::Relaxed);
             ResponseFlags::UPSTREAM_OVERFLOW
         })?;
-        Ok(Picked { settings: settings.clone(), _slot: slot, _in_flight: endpoint.start_request(), endpoint })
+        Ok(Picked {
+            settings: settings.clone(),
+            watch: Watch::of(cluster, runtime),
+            _slot: slot,
+            _in_flight: endpoint.start_request(),
+            endpoint,
+        })
     }
 
     fn endpoint(

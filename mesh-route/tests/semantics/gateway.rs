@@ -159,6 +159,10 @@ async fn gw_04_https_redirect_and_tls() {
     ] {
         assert_eq!(it.redirect(url), format!("301 {location}"), "whether a rule is there or not");
     }
+    // What came over TLS to a proxy in front is where it should be.
+    let mut request = get("http://a.example.com/x");
+    request.headers_mut().insert("x-forwarded-proto", "https".parse().unwrap());
+    assert_eq!(it.route_of(&request).as_deref(), Some("v"));
 
     for protocol in ["HTTPS", "TLS"] {
         let bare = server(&format!("number: 443, name: a, protocol: {protocol}"), "hosts: ['*']");
@@ -280,4 +284,54 @@ fn gw_04_a_port_is_never_both_plain_and_secure() {
     let last = terminating(&yaml(&format!("{secure}, {}", plain("[b.example.com]"))), false);
     assert_eq!(last.at(443, "https://a.example.com/").as_deref(), Some("v"));
     assert_eq!(last.at(443, "http://b.example.com/"), None);
+}
+
+#[test]
+fn gw_02_a_rule_for_one_gateway_is_under_the_names_of_that_gateway() {
+    let named = |name: &str, host: &str| {
+        in_namespace(
+            "default",
+            "Gateway",
+            name,
+            &format!(
+                "{{selector: {{istio: ingressgateway}}, servers: [{}]}}",
+                server(HTTP, &format!("hosts: [{host}]"))
+            ),
+        )
+    };
+    let rule = resource(
+        "VirtualService",
+        "v",
+        "{hosts: [a.example.com, b.example.com, c.example.com], gateways: [one, two], http: [\
+         {name: two, match: [{uri: {prefix: /x}, gateways: [two]}], route: [{destination: {host: reviews}}]}, \
+         {name: both, route: [{destination: {host: reviews}}]}]}",
+    );
+    let gateways =
+        named("one", "a.example.com, c.example.com") + &named("two", "b.example.com, c.example.com");
+    let it = compile_gateway(&(reviews(&[1]) + &gateways + &rule));
+    for (host, route) in [("a", "both"), ("b", "two"), ("c", "two")] {
+        let url = format!("http://{host}.example.com/x");
+        assert_eq!(it.at(80, &url).as_deref(), Some(route), "{host}");
+    }
+}
+
+#[test]
+fn gw_04_only_the_names_of_the_redirecting_server_are_redirected() {
+    let open = in_namespace(
+        "default",
+        "Gateway",
+        "open",
+        &format!(
+            "{{selector: {{istio: ingressgateway}}, servers: [{}]}}",
+            server(HTTP, "hosts: [a.example.com]")
+        ),
+    );
+    let redirecting = gateway(&server(HTTP, "hosts: ['*.example.com'], tls: {httpsRedirect: true}"));
+    let rule = virtual_service("default", "[a.example.com]", "gateways: [open], ");
+    let it = compile_gateway(&(reviews(&[1]) + &open + &redirecting + &rule));
+    assert_eq!(it.at(80, "http://a.example.com/").as_deref(), Some("v"));
+    assert_eq!(it.redirect("http://b.example.com/"), "301 https://b.example.com/");
+    let both = virtual_service("default", "[a.example.com]", "gateways: [open, edge], ");
+    let it = compile_gateway(&(reviews(&[1]) + &open + &redirecting + &both));
+    assert_eq!(it.redirect("http://a.example.com/"), "301 https://a.example.com/");
 }

@@ -504,6 +504,62 @@ async fn dr_cp01_connections_are_limited_exactly() {
     assert_eq!(cluster.endpoints().iter().next().unwrap().in_flight(), 0);
 }
 
+#[tokio::test]
+async fn dr_od05_connections_that_cannot_be_made_eject() {
+    let sound = Upstream::start("v1").await;
+    let closed = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap().local_addr().unwrap();
+    for (detection, why) in [
+        ("consecutive5xxErrors: 2", "2 consecutive5xxErrors reached, last Unreachable"),
+        (
+            "splitExternalLocalOriginErrors: true, consecutiveLocalOriginFailures: 2",
+            "2 consecutiveLocalOriginFailures reached, last Unreachable",
+        ),
+    ] {
+        let policy = format!(
+            "trafficPolicy: {{outlierDetection: {{{detection}, maxEjectionPercent: 50}}, loadBalancer: {{simple: ROUND_ROBIN}}}}, "
+        );
+        let it = compile(&database(&[closed, sound.addr], &policy, ""));
+        let dispatch = it.dispatch();
+        let mut failed = 0;
+        for _ in 0..12 {
+            let (answer, report) = exchange(&dispatch, DB).await;
+            match report.flags.to_string().as_str() {
+                "UF" => failed += 1,
+                _ => assert_eq!(answer, "v1!"),
+            }
+        }
+        assert_eq!(failed, 2, "{detection}");
+        let cluster =
+            it.table.clusters().iter().find(|c| c.name().as_str().ends_with("||db.example.com")).unwrap();
+        let ejection = cluster.runtime().unwrap().with_outliers(|detector| detector.ejection(&closed));
+        assert_eq!(ejection.unwrap().evidence.to_string(), why);
+    }
+}
+
+#[tokio::test]
+async fn dr_lb02_a_connection_is_kept_by_its_address() {
+    let all = [Upstream::start("a").await, Upstream::start("b").await, Upstream::start("c").await];
+    let policy = "trafficPolicy: {loadBalancer: {consistentHash: {useSourceIp: true}}}, ";
+    let addresses: Vec<_> = all.iter().map(|upstream| upstream.addr).collect();
+    let dispatch = compile(&database(&addresses, policy, "")).dispatch();
+    let answer = async |peer: String| {
+        let (mut ours, theirs) = tokio::io::duplex(1 << 10);
+        let conn = ConnInfo { peer: peer.parse().unwrap(), ..to(DB) };
+        let dispatch = dispatch.clone();
+        tokio::spawn(async move { dispatch.forward(&conn, None, None, theirs, pending()).await });
+        let mut name = [0; 1];
+        ours.read_exact(&mut name).await.unwrap();
+        name[0]
+    };
+    let mut seen = std::collections::BTreeSet::new();
+    for host in 1..20 {
+        let first = answer(format!("10.0.0.{host}:1000")).await;
+        assert_eq!(answer(format!("10.0.0.{host}:2000")).await, first);
+        seen.insert(first);
+    }
+    assert_eq!(seen.len(), 3, "{seen:?}");
+}
+
 #[test]
 fn dr_cp01_idle_timeout_of_tcp() {
     let idle = |tcp: &str| {

@@ -222,3 +222,86 @@ async fn one_pending_request_is_one_with_any_number_of_workers() {
         assert_eq!(error.flags().to_string(), "UO");
     }
 }
+
+/// Sends requests until the endpoint is ejected; how many that took, `None` when more than ten.
+async fn until_ejected(detection: &str, script: fn(usize) -> u16) -> Option<usize> {
+    let up = Scripted::start("up", move |seen| Reply::Status(script(seen.nth))).await;
+    let policy = format!("{{outlierDetection: {{{detection}, maxEjectionPercent: 100}}}}");
+    let it = compile(&yaml(&[up.addr.port()], &policy));
+    let client = it.client();
+    for count in 1..=10 {
+        status(&client).await;
+        if it.is_ejected(up.addr.port()) {
+            return Some(count);
+        }
+    }
+    None
+}
+
+#[tokio::test(start_paused = true)]
+async fn dr_od01_which_answers_in_a_row_eject() {
+    for (detection, script, expected) in [
+        ("interval: 10s", (|_| 500) as fn(usize) -> u16, Some(5)),
+        ("consecutive5xxErrors: 3", |_| 500, Some(3)),
+        ("consecutive5xxErrors: 0", |_| 500, None),
+        ("consecutive5xxErrors: 3", |nth| if nth % 3 == 0 { 200 } else { 500 }, None),
+        ("consecutiveGatewayErrors: 2", |_| 502, Some(2)),
+        ("consecutiveGatewayErrors: 2, consecutive5xxErrors: 0", |_| 500, None),
+        // What is a gateway's error is a 5xx too: the greater number of the two has no effect.
+        ("consecutiveGatewayErrors: 4, consecutive5xxErrors: 3", |_| 503, Some(3)),
+    ] {
+        assert_eq!(until_ejected(detection, script).await, expected, "{detection}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn dr_od06_what_an_error_is_can_be_said() {
+    let codes = "consecutive5xxErrors: 2, outlierDetectionHttpErrorCodes: [429]";
+    assert_eq!(until_ejected(codes, |_| 429).await, Some(2));
+    assert_eq!(until_ejected(codes, |_| 500).await, None, "and then nothing else is one");
+}
+
+#[tokio::test(start_paused = true)]
+async fn dr_od08_every_ejection_has_its_evidence() {
+    let bad = Scripted::start("bad", |_| Reply::Status(500)).await;
+    let policy =
+        "{outlierDetection: {consecutive5xxErrors: 2, maxEjectionPercent: 100, minHealthPercent: 50}}";
+    let it = compile(&yaml(&[bad.addr.port()], policy));
+    let client = it.client();
+    status(&client).await;
+    status(&client).await;
+    let shown = mesh_route::dump::clusters(it.table.clusters());
+    let cluster = shown["clusters"].as_array().unwrap().iter().find(|one| one["name"] == REVIEWS).unwrap();
+    let outliers = &cluster["outlier_detection"];
+    assert_eq!((&outliers["ejected"], &outliers["ejections"]), (&1.into(), &1.into()), "{outliers}");
+    let event = &outliers["events"][0];
+    assert_eq!(event["endpoint"], bad.addr.to_string());
+    let what = event["what"].as_str().unwrap();
+    assert!(what.contains("2 consecutive5xxErrors") && what.contains("30s"), "{what}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_who_was_gone_still_counted_among_the_ejected() {
+    let gone = Scripted::start("gone", |_| Reply::Status(500)).await;
+    let bad = Scripted::start("bad", |_| Reply::Status(500)).await;
+    let good = Scripted::start("good", |_| Reply::Status(200)).await;
+    let policy = "{outlierDetection: {consecutive5xxErrors: 1, maxEjectionPercent: 50}}";
+    let process = mesh_route::Clusters::new();
+    let before = compile(&yaml(&[gone.addr.port(), good.addr.port()], policy));
+    let client = before.client_on(&process);
+    while !before.is_ejected(gone.addr.port()) {
+        status(&client).await;
+    }
+    let after = compile(&yaml(&[bad.addr.port(), good.addr.port()], policy));
+    let client = after.client_on(&process);
+    while bad.requests() == 0 {
+        status(&client).await;
+    }
+    assert!(after.is_ejected(bad.addr.port()), "{:?}", after.events());
+    // Who comes back comes as a new one.
+    let again = compile(&yaml(&[gone.addr.port()], policy));
+    let client = again.client_on(&process);
+    assert!(!again.is_ejected(gone.addr.port()));
+    assert_eq!(status(&client).await, 500);
+    drop(before);
+}

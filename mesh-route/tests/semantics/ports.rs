@@ -124,6 +124,9 @@ async fn pt_04_what_an_upstream_is_spoken_to() {
         // What the client spoke.
         ("HTTP2", "useClientProtocol: true", "", "HTTP/1.1"),
         ("''", "", "", "HTTP/1.1"),
+        // Only its own rule vouches for a port that declares nothing.
+        ("''", upgrade, "", "HTTP/2.0"),
+        ("''", "", upgrade, "HTTP/1.1"),
     ] {
         assert_eq!(
             spoken(protocol, policy, mesh_settings).await,

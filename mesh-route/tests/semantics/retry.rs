@@ -93,6 +93,15 @@ async fn vs_y01_the_default_is_two_more_tries_of_what_was_not_processed() {
     let of_mesh =
         mesh("defaultHttpRetryPolicy: {attempts: 5, retryOn: 5xx}") + &service_in("default", "reviews", &[1]);
     assert_eq!((policy_in(&of_mesh).attempts, policy_in(&of_mesh).on.to_string()), (5, "5xx".to_owned()));
+    // What a rule leaves open is Istio's, not the mesh's.
+    for of_mesh in ["{attempts: 5, retryOn: 5xx, perTryTimeout: 1s}", "{attempts: 0}"] {
+        let of_mesh = mesh(&format!("defaultHttpRetryPolicy: {of_mesh}"));
+        let rule = rules("  - {route: [{destination: {host: reviews}}], retries: {attempts: 3}}\n");
+        assert_eq!(
+            policy_in(&(of_mesh + &service_in("default", "reviews", &[1]) + &rule)),
+            RetryPolicy { attempts: 3, ..RetryPolicy::istio_default() }
+        );
+    }
     // A 503 of the upstream is an answer, and is not asked for again.
     let up = Scripted::start("up", |_| Reply::Status(503)).await;
     let client = compile(&yaml(&[&up], "", "")).client();

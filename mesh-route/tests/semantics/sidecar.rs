@@ -47,6 +47,21 @@ fn sc_01_egress_hosts_say_what_is_known() {
 }
 
 #[test]
+fn sc_01_a_rule_for_more_than_what_is_let_in_counts_for_that() {
+    let rule = resource(
+        "VirtualService",
+        "v",
+        "{hosts: ['*.default.svc.cluster.local'], http: [{name: v, route: [{destination: {host: reviews}}]}]}",
+    );
+    let route = |hosts: &str| {
+        compile(&(services() + &rule + &egress(&format!("[{{hosts: [{hosts}]}}]")))).route("http://reviews/")
+    };
+    assert_eq!(route("./*").as_deref(), Some("v"));
+    assert_eq!(route("./reviews.default.svc.cluster.local").as_deref(), Some("v"));
+    assert_eq!(route("other/*").as_deref(), Some("allow_any"));
+}
+
+#[test]
 fn sc_01_what_is_refused_and_warned_of() {
     let port = "port: {number: 9080, protocol: HTTP, name: egress}";
     refused(

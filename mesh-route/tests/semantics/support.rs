@@ -228,7 +228,16 @@ impl Compiled {
     }
 
     pub(crate) fn client_seeded(&self, seed: u64) -> Client {
-        Clusters::new().reconcile(self.table.clusters());
+        self.client_of(&Clusters::new(), seed)
+    }
+
+    /// The stack of a process that had other configurations before.
+    pub(crate) fn client_on(&self, clusters: &Clusters) -> Client {
+        self.client_of(clusters, 1)
+    }
+
+    fn client_of(&self, clusters: &Clusters, seed: u64) -> Client {
+        clusters.reconcile(self.table.clusters());
         let stack = ServiceBuilder::new()
             .layer(
                 SelectRouteLayer::new(Slot::fixed_shared(Arc::clone(&self.table))).direction(self.direction),

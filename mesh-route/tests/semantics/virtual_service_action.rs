@@ -11,6 +11,7 @@ use http_body::Frame;
 use http_body_util::BodyExt as _;
 use mesh_core::{Body, ConnInfo, Direction, EdgeSettings, NormalizeLayer, RequestContext, Slot};
 use mesh_route::{Clusters, HeadersLayer, SelectRouteLayer, Shard, dispatch};
+use mesh_testkit::upstream::Echo;
 use tokio::sync::mpsc::{Receiver, Sender};
 use tower::{ServiceBuilder, ServiceExt as _};
 
@@ -354,5 +355,101 @@ async fn vs_x01_headers_that_the_router_and_the_edge_set() {
             gateway.then_some("10.1.1.1"),
             "a gateway appends its peer"
         );
+    }
+}
+
+/// The semantics of Envoy's route tables, as its route checker asks for them, in the words of a virtual service.
+#[tokio::test]
+async fn vs_w01_path_host_and_cluster_of_a_route_table() {
+    let (api, other) = (Echo::start("api").await, Echo::start("other").await);
+    let services = service_in("default", "api", &[api.addr.port()])
+        + &service_in("default", "other", &[other.addr.port()]);
+    let gateway = resource(
+        "Gateway",
+        "edge",
+        "{servers: [{port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']}]}",
+    );
+    let table = |name: &str, hosts: &str, http: &str| {
+        resource("VirtualService", name, &format!("  hosts: [{hosts}]\n  gateways: [edge]\n  http:\n{http}"))
+    };
+    let named = table(
+        "named",
+        "example.com, www.example.com",
+        "  - {match: [{uri: {prefix: /new}}], rewrite: {uri: /api/new}, route: [{destination: {host: api}}]}\n  \
+         - {match: [{uri: {exact: /}}], route: [{destination: {host: other}}]}\n  \
+         - {match: [{uri: {prefix: /}}], route: [{destination: {host: api}}]}\n",
+    );
+    let any = table(
+        "any",
+        "'*'",
+        "  - {match: [{uri: {exact: /places}, ignoreUriCase: true}], rewrite: {uri: /rewritten}, route: [{destination: {host: api}}]}\n  \
+         - {match: [{uri: {exact: /Fruit}}], rewrite: {uri: /Vegetable}, route: [{destination: {host: api}}]}\n  \
+         - {match: [{uri: {prefix: /guest}}], rewrite: {authority: host.example.net}, route: [{destination: {host: api}}]}\n  \
+         - {match: [{headers: {x_pattern: {regex: '^user-\\d+$'}}}], route: [{destination: {host: api}}]}\n  \
+         - {match: [{headers: {x_there: {}}}], route: [{destination: {host: api}}]}\n  \
+         - {match: [{headers: {x_a: {exact: a}, x_b: {exact: b}}}], route: [{destination: {host: api}}]}\n  \
+         - {route: [{destination: {host: other}}]}\n",
+    );
+    let it = compile_gateway(&(services + &gateway + &named + &any));
+    let (client, conn) = (it.client(), std::sync::Arc::new(it.conn(80)));
+    for (host, target, headers, by, url, authority) in [
+        ("example.com", "/new/a", &[][..], "api", "/api/new/a", "example.com"),
+        ("www.example.com", "/newer?q=1", &[], "api", "/api/newer?q=1", "www.example.com"),
+        ("www.example.com", "/", &[], "other", "/", "www.example.com"),
+        ("www.example.com", "/?q=1", &[], "other", "/?q=1", "www.example.com"),
+        ("www.example.com:8080", "/a", &[], "api", "/a", "www.example.com:8080"),
+        ("ww.example.com", "/new/a", &[], "other", "/new/a", "ww.example.com"),
+        ("a.test", "/PLACES?q=1", &[], "api", "/rewritten?q=1", "a.test"),
+        ("a.test", "/placesX", &[], "other", "/placesX", "a.test"),
+        ("a.test", "/Fruit", &[], "api", "/Vegetable", "a.test"),
+        ("a.test", "/fruit", &[], "other", "/fruit", "a.test"),
+        ("a.test", "/guest/a", &[], "api", "/guest/a", "host.example.net"),
+        ("a.test", "/Guest/a", &[], "other", "/Guest/a", "a.test"),
+        ("a.test", "/", &[("x_pattern", "user-12")], "api", "/", "a.test"),
+        ("a.test", "/", &[("x_pattern", "a user-12")], "other", "/", "a.test"),
+        ("a.test", "/", &[("x_there", "")], "api", "/", "a.test"),
+        ("a.test", "/", &[("x_a", "a")], "other", "/", "a.test"),
+        ("a.test", "/", &[("x_a", "a"), ("x_b", "b")], "api", "/", "a.test"),
+    ] {
+        let mut request = get(&format!("http://{host}{target}"));
+        let cx = RequestContext::new(std::sync::Arc::clone(&conn), None, mesh_core::clock::now());
+        request.extensions_mut().insert(cx);
+        for (name, value) in headers {
+            request.headers_mut().insert(*name, value.parse().unwrap());
+        }
+        let answer = send(&client, request).await;
+        let saw = answer.saw();
+        assert_eq!(
+            (answer.by().as_str(), saw["url"].as_str().unwrap(), saw["host"].as_str().unwrap()),
+            (by, url, authority),
+            "{host}{target} {headers:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn h10_a_grpc_deadline_shrinks_with_each_hop() {
+    let (_echo, services) = one_version().await;
+    let it = compile(&(services + &rules("  - {timeout: 600s, route: [{destination: {host: reviews}}]}\n")));
+    let client = it.client();
+    let mut deadline = "100S".to_owned();
+    for left in [70_000, 40_000, 10_000] {
+        let mut request = Request::post("http://reviews/p.Service/Method")
+            .header("content-type", "application/grpc")
+            .header("grpc-timeout", &deadline)
+            .body(Body::empty())
+            .unwrap();
+        let conn = ConnInfo::unknown(Direction::Outbound);
+        request.extensions_mut().insert(RequestContext::new(conn.into(), None, mesh_core::clock::now()));
+        // The hop takes its time before it sends the request on.
+        tokio::time::pause();
+        tokio::time::advance(Duration::from_secs(30)).await;
+        tokio::time::resume();
+        let answer = send(&client, request).await;
+        deadline = answer.saw_header("grpc-timeout").unwrap();
+        let told: u64 = deadline.strip_suffix('m').unwrap().parse().unwrap();
+        assert!((left - 9_000..=left).contains(&told), "{deadline} of {left}m");
+        let expected = answer.saw_header("x-envoy-expected-rq-timeout-ms").unwrap();
+        assert_eq!(expected, told.to_string());
     }
 }

@@ -29,6 +29,87 @@ fn vs_g01_a_delegate_takes_a_part_of_what_the_root_takes() {
     assert_eq!(name("/a").as_deref(), Some("root-rest"));
     assert_eq!(name("/c"), None, "no part of the root's: dropped");
     it.warns("spec.http[1].match", "takes nothing");
+    // One match outside takes the others of its rule with it.
+    let it = pair(
+        UNDER_A,
+        "  - {name: some, match: [{uri: {prefix: /a/b}}, {uri: {prefix: /c}}], route: [{destination: {host: reviews}}]}\n  \
+         - {name: rest, route: [{destination: {host: reviews}}]}\n",
+    );
+    assert_eq!(it.route("http://reviews/a/b").as_deref(), Some("root-rest"));
+    it.warns("spec.http[0].match", "takes nothing");
+}
+
+#[test]
+fn vs_g01_what_lies_within_a_match_of_the_root() {
+    for (outer, inner, within) in [
+        ("uri: {prefix: /a}", "uri: {exact: /a/b}", true),
+        ("uri: {prefix: /a}", "uri: {exact: /b}", false),
+        ("uri: {exact: /a}", "uri: {exact: /a}", true),
+        ("uri: {exact: /a}", "uri: {prefix: /a}", false),
+        ("uri: {prefix: /a}", "uri: {regex: '/a.*'}", false),
+        ("uri: {regex: '/a.*'}", "uri: {exact: /a}", false),
+        ("method: {exact: GET}", "uri: {prefix: /a}", true),
+        ("method: {exact: GET}", "method: {exact: PUT}", false),
+        ("headers: {x: {}}", "uri: {prefix: /a}", true),
+        ("headers: {x: {}}", "headers: {x: {exact: a}}", false),
+        ("headers: {x: {prefix: a}}", "headers: {x: {exact: ab}}", true),
+        ("withoutHeaders: {x: {prefix: a}}", "withoutHeaders: {x: {exact: b}}", false),
+        ("queryParams: {q: {exact: a}}", "queryParams: {q: {exact: b}}", false),
+        ("uri: {prefix: /a}, ignoreUriCase: true", "uri: {prefix: /a/b}, ignoreUriCase: true", true),
+        ("uri: {prefix: /a}, ignoreUriCase: true", "uri: {prefix: /a/b}", false),
+        ("uri: {prefix: /a}", "uri: {prefix: /a/b}, ignoreUriCase: true", false),
+        ("port: 80", "uri: {prefix: /a}", true),
+        ("port: 80", "port: 81", false),
+        ("sourceNamespace: default", "sourceNamespace: default", true),
+        ("sourceNamespace: default", "uri: {prefix: /a}", false),
+        ("sourceLabels: {app: a}", "sourceLabels: {zone: b}", true),
+        ("sourceLabels: {app: a}", "sourceLabels: {app: b}", false),
+        ("gateways: [mesh]", "gateways: [mesh]", true),
+        ("gateways: [mesh]", "gateways: [edge]", false),
+    ] {
+        let it = pair(
+            &format!("  - {{match: [{{{outer}}}], delegate: {{name: inner}}}}\n"),
+            &format!("  - {{match: [{{{inner}}}], route: [{{destination: {{host: reviews}}}}]}}\n"),
+        );
+        let dropped =
+            it.diags.iter().any(|d| d.message.contains("takes nothing that spec.http[0] of root takes"));
+        assert_eq!(!dropped, within, "{inner} within {outer}");
+    }
+}
+
+#[test]
+fn vs_g01_names_in_a_delegate_are_those_of_its_namespace() {
+    let inner = in_namespace(
+        "other",
+        "VirtualService",
+        "inner",
+        "{http: [{route: [{destination: {host: reviews}}], mirror: {host: reviews}}]}",
+    );
+    let root = root("  - {delegate: {name: inner, namespace: other}}\n");
+    let it = compile(&(reviews(&[1]) + &service_in("other", "reviews", &[2]) + &root + &inner));
+    assert_eq!(it.clusters("http://reviews/"), ["outbound|80||reviews.other.svc.cluster.local"]);
+}
+
+#[test]
+fn vs_g01_a_delegate_is_exported_to_the_root() {
+    let takes = |settings: &str, export_to: &str| {
+        let inner = in_namespace(
+            "other",
+            "VirtualService",
+            "inner",
+            &format!("{{{export_to}http: [{{name: inner, route: [{{destination: {{host: reviews}}}}]}}]}}"),
+        );
+        let root = root("  - {delegate: {name: inner, namespace: other}}\n");
+        let services = reviews(&[1]) + &service_in("other", "reviews", &[2]);
+        let it = compile(&(mesh(settings) + &services + &root + &inner));
+        it.route("http://reviews/").as_deref() == Some("inner")
+    };
+    let private = "defaultVirtualServiceExportTo: ['.']";
+    assert!(takes("enableTracing: true", ""));
+    assert!(!takes("enableTracing: true", "exportTo: ['.'], "));
+    assert!(takes("enableTracing: true", "exportTo: [default], "));
+    assert!(!takes(private, ""), "without a list it is that of the mesh");
+    assert!(takes(private, "exportTo: ['*'], "));
 }
 
 #[test]

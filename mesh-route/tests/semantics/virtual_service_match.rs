@@ -302,9 +302,10 @@ fn vs_m12_source_namespace_is_ours() {
 #[test]
 fn vs_m13_gateways_of_a_match_override_and_the_source_is_not_looked_at() {
     let cx = sidecar("default", &[("app", "web")]);
-    let rules = "  hosts: [two]\n  gateways: [edge]\n  http:\n  \
+    let rules = "  hosts: [two]\n  gateways: [mesh, edge]\n  http:\n  \
         - {name: mesh, match: [{uri: {prefix: /m}, gateways: [mesh], sourceLabels: {app: x}, sourceNamespace: y}], route: [{destination: {host: reviews}}]}\n  \
-        - {name: edge, match: [{uri: {prefix: /e}}], route: [{destination: {host: reviews}}]}\n";
+        - {name: edge, match: [{uri: {prefix: /e}, gateways: [edge]}], route: [{destination: {host: reviews}}]}\n  \
+        - {name: far, match: [{uri: {prefix: /f}, gateways: [far]}], route: [{destination: {host: reviews}}]}\n";
     let edge = resource(
         "Gateway",
         "edge",
@@ -313,7 +314,14 @@ fn vs_m13_gateways_of_a_match_override_and_the_source_is_not_looked_at() {
     let yaml = reviews(&[1, 2]) + TWO + &edge + &resource("VirtualService", "two", rules);
     let mesh = compile_for(&cx, &yaml);
     assert_eq!(mesh.route("http://two:8081/m").as_deref(), Some("mesh"));
-    assert_eq!(mesh.route("http://two:8081/e"), None, "the list of the top is for the gateway alone");
+    assert_eq!(mesh.route("http://two:8081/e"), None, "the list of the match takes the mesh out");
+    assert_eq!(mesh.route("http://two:8081/f"), None);
+    // The list of a match attaches the virtual service nowhere.
+    mesh.warns("spec.http[2].match[0].gateways", "takes nothing");
+    let alone = rules.replace("[mesh, edge]", "[edge]");
+    let it = compile_for(&cx, &(reviews(&[1, 2]) + TWO + &edge + &resource("VirtualService", "two", &alone)));
+    assert_eq!(it.route("http://two:8081/m").as_deref(), Some("default"));
+    it.warns("spec.http[0].match[0].gateways", "takes nothing");
     let gateway = compile_gateway(&yaml);
     let at = |path: &str| gateway.route(&format!("http://two.default.svc.cluster.local{path}"));
     assert_eq!(at("/e").as_deref(), Some("edge"));

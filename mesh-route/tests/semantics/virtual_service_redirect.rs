@@ -34,7 +34,11 @@ fn vs_d01_redirect() {
             "https://reviews/old",
         ),
         ("{scheme: https, derivePort: FROM_REQUEST_PORT}", "http://reviews:80/old", "https://reviews:80/old"),
-        ("{scheme: http, derivePort: FROM_REQUEST_PORT}", "http://reviews:80/old", "http://reviews/old"),
+        ("{scheme: http, derivePort: FROM_REQUEST_PORT}", "http://reviews/old", "http://reviews/old"),
+        // What the client wrote stays when the port is the default anyway.
+        ("{scheme: http, derivePort: FROM_REQUEST_PORT}", "http://reviews:80/old", "http://reviews:80/old"),
+        ("{derivePort: FROM_REQUEST_PORT}", "http://reviews:80/old", "http://reviews:80/old"),
+        ("{derivePort: FROM_PROTOCOL_DEFAULT, uri: /new}", "http://reviews:80/old", "http://reviews:80/new"),
     ] {
         assert_eq!(location(redirect, url), format!("301 {expected}"), "{redirect} {url}");
     }
@@ -76,6 +80,12 @@ fn vs_d03_prefix_rewrite_is_textual() {
         ("{prefixRewrite: /new}", "http://reviews/older", "http://reviews/newer"),
     ] {
         assert_eq!(location(redirect, url), format!("301 {expected}"), "{redirect} {url}");
+    }
+    for matched in ["", "match: [{method: {exact: GET}}], "] {
+        let it = compile(
+            &(reviews(&[1]) + &rules(&format!("  - {{{matched}redirect: {{prefixRewrite: /v1}}}}\n"))),
+        );
+        assert_eq!(it.redirect("http://reviews/a?q"), "301 http://reviews/v1a?q", "no path is the prefix /");
     }
     let path = "spec.http[0].redirect.prefixRewrite";
     for uri in ["exact", "regex"] {

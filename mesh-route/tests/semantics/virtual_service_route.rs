@@ -140,6 +140,28 @@ fn vs_r03_destinations() {
     );
 }
 
+#[test]
+fn vs_r03_an_external_name_answers_at_the_ports_of_its_target() {
+    let alias = |name: &str, of: &str, ports: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: default}}\nspec: {{type: \
+             ExternalName, externalName: {of}{ports}}}\n"
+        )
+    };
+    let it = compile(
+        &(reviews(&[1, 2])
+            + &alias("second", "first.default.svc.cluster.local", "")
+            + &alias("first", "reviews.default.svc.cluster.local", ", ports: [{name: http, port: 9999}]")
+            + &alias("round", "about.default.svc.cluster.local", "")
+            + &alias("about", "round.default.svc.cluster.local", "")),
+    );
+    for name in ["first", "second", "second.default"] {
+        let to = it.clusters(&format!("http://{name}/"));
+        assert_eq!(to, ["outbound|80||reviews.default.svc.cluster.local"], "{name}");
+    }
+    assert_eq!(it.clusters("http://round/"), ["PassthroughCluster"], "a circle stands for nobody");
+}
+
 #[tokio::test]
 async fn vs_r04_headers_of_a_destination_come_after_those_of_the_route() {
     let (_one, _two, services) = two_versions().await;
@@ -328,6 +350,31 @@ async fn vs_r05_requests_go_where_explain_says() {
         canary += u32::from(send(&workers[0], get("http://reviews/")).await.by() == "v2");
     }
     assert!((60..120).contains(&canary), "{canary}");
+}
+
+#[tokio::test]
+async fn vs_r05_only_those_who_must_move_do_when_the_weights_of_a_process_change() {
+    let (_one, _two, services) = two_versions().await;
+    let process = mesh_route::Clusters::new();
+    let mut before: Option<(u32, Vec<String>)> = None;
+    for canary in [10, 30, 25] {
+        let client = sticky("header:x-user", &services, canary).client_on(&process);
+        let mut now = Vec::new();
+        for user in 0..400 {
+            now.push(send(&client, ask_as(&format!("user-{user}"))).await.by());
+        }
+        if let Some((then, before)) = before {
+            let moved: Vec<_> = before.iter().zip(&now).filter(|(before, now)| before != now).collect();
+            let must = canary.abs_diff(then) as usize * 4;
+            // Of 400 keys the share that moves deviates by sqrt(400 p (1 - p)); four of these are allowed.
+            let share = must as f64 / 400.0;
+            let most = must as f64 + 4.0 * (400.0 * share * (1.0 - share)).sqrt();
+            assert!(moved.len() as f64 <= most && !moved.is_empty(), "{then} to {canary}: {}", moved.len());
+            let to = if canary > then { "v2" } else { "v1" };
+            assert!(moved.iter().all(|(_, now)| *now == to), "{then} to {canary}");
+        }
+        before = Some((canary, now));
+    }
 }
 
 #[test]

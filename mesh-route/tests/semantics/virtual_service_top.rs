@@ -52,6 +52,79 @@ fn vs_01_hosts() {
 }
 
 #[test]
+fn vs_01_a_host_without_a_service_answers_at_the_ports_of_the_services_beside_it() {
+    let service = |port: u32| {
+        resource(
+            "ServiceEntry",
+            "backend",
+            &format!(
+                "{{hosts: [backend.example.com], resolution: STATIC, ports: [{{number: {port}, name: http, protocol: HTTP}}], endpoints: [{{address: 127.0.0.1}}]}}"
+            ),
+        )
+    };
+    let route = "http: [{name: v, route: [{destination: {host: backend.example.com}}]}]";
+    let takes = |hosts: &str, url: &str| {
+        let rule = resource("VirtualService", "v", &format!("{{hosts: [{hosts}], {route}}}"));
+        compile(&(service(8080) + &rule)).route(url).as_deref() == Some("v")
+    };
+    let both = "backend.example.com, alias.example.com";
+    assert!(takes(both, "http://alias.example.com:8080/"));
+    assert!(!takes(both, "http://alias.example.com:80/"));
+    assert!(takes("alias.example.com", "http://alias.example.com:80/"));
+    assert!(!takes("alias.example.com", "http://alias.example.com:8080/"));
+    assert!(takes("'*.example.com', alias.example.org", "http://alias.example.org:8080/"));
+    // Without a port in the authority it is as for a service.
+    assert!(
+        takes(both, "http://alias.example.com/") && takes("alias.example.com", "http://alias.example.com/")
+    );
+}
+
+#[test]
+fn vs_01_a_host_in_full_comes_before_a_short_name() {
+    // `reviews.default` is not the host of the service, which merely answers to it.
+    let rule = resource(
+        "VirtualService",
+        "v",
+        "{hosts: [reviews.default], http: [{name: v, route: [{destination: {host: reviews}}]}]}",
+    );
+    let it = compile(&(reviews(&[1]) + &rule));
+    assert_eq!(it.route("http://reviews.default/").as_deref(), Some("v"));
+    for other in ["reviews", "reviews.default.svc", "reviews.default.svc.cluster.local"] {
+        assert_eq!(it.route(&format!("http://{other}/")).as_deref(), Some("default"), "{other}");
+    }
+    let entry = resource(
+        "ServiceEntry",
+        "short",
+        "{hosts: [reviews.default], resolution: STATIC, ports: [{number: 80, name: http, protocol: HTTP}], endpoints: [{address: 127.0.0.1}]}",
+    );
+    let it = compile(&(reviews(&[1]) + &entry));
+    assert_eq!(it.clusters("http://reviews.default/"), ["outbound|80||reviews.default"]);
+    assert_eq!(it.clusters("http://reviews/"), ["outbound|80||reviews.default.svc.cluster.local"]);
+}
+
+#[test]
+fn vs_01_instances_of_a_headless_service_answer_to_their_own_names() {
+    let service = |ip: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: db, namespace: default}}\nspec: {{clusterIP: {ip}, ports: [{{name: http, port: 80}}]}}\n"
+        )
+    };
+    let rule = resource(
+        "VirtualService",
+        "v",
+        "{hosts: [db], http: [{name: v, route: [{destination: {host: db}}]}]}",
+    );
+    let it = compile(&(service("None") + &rule));
+    let local = compile(&(service("10.0.0.1") + &rule));
+    for name in ["db", "db.default", "db.default.svc", "db.default.svc.cluster.local"] {
+        assert_eq!(it.route(&format!("http://{name}/")).as_deref(), Some("v"), "{name}");
+        assert_eq!(it.route(&format!("http://db-0.{name}/")).as_deref(), Some("v"), "{name}");
+        assert_eq!(it.route(&format!("http://db-0.{name}:80/")).as_deref(), Some("v"), "{name}");
+        assert_eq!(local.route(&format!("http://db-0.{name}/")).as_deref(), Some("allow_any"), "{name}");
+    }
+}
+
+#[test]
 fn vs_02_gateways() {
     let yaml = reviews(&[1])
         + &resource("Gateway", "edge", EDGE)
@@ -99,7 +172,7 @@ fn vs_03_the_first_match_wins_and_nothing_follows_a_catch_all() {
 }
 
 #[test]
-fn vs_04_tls_is_validated_and_said_not_to_be_enforced() {
+fn vs_04_tls_is_validated_and_reported_where_only_http_is_routed() {
     let with = |tls: &str| {
         reviews(&[1]) + &resource("VirtualService", "v", &format!("{{hosts: [a.example.com], tls: [{tls}]}}"))
     };
@@ -118,7 +191,7 @@ fn vs_04_tls_is_validated_and_said_not_to_be_enforced() {
 }
 
 #[test]
-fn vs_05_tcp_is_validated_and_said_not_to_be_enforced() {
+fn vs_05_tcp_is_validated_and_reported_where_only_http_is_routed() {
     let with = |tcp: &str| {
         reviews(&[1]) + &resource("VirtualService", "v", &format!("{{hosts: [a.example.com], tcp: [{tcp}]}}"))
     };

@@ -61,7 +61,9 @@ impl Entry {
         let facts = cx.normalized();
         let uri = facts.as_ref().map_or(&self.uri, |facts| &facts.uri);
         let path = uri.path_and_query().map_or("-", |path| path.as_str());
-        let authority = match (uri.authority(), &self.host) {
+        // What the client's target says counts for more than its `Host`, as it does for routing; the edge takes it out of
+        // an HTTP/1 target.
+        let authority = match (self.uri.authority(), &self.host) {
             (Some(authority), _) => Some(authority.as_str().as_bytes()),
             (None, Some(host)) => Some(host.as_bytes()),
             (None, None) => None,

@@ -220,6 +220,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn te_06_the_authority_is_the_one_that_is_routed() {
+        let (sink, writer) = AccessLogSink::new();
+        let service = ServiceBuilder::new()
+            .layer(AccessLogLayer::new(sink))
+            .layer(mesh_core::NormalizeLayer::new(
+                mesh_core::Slot::fixed(mesh_core::EdgeSettings::default()),
+                Direction::Outbound,
+            ))
+            .service_fn(async |request: Request<Body>| {
+                assert_eq!(request.headers()["host"], "reviews", "the absolute form decides");
+                Ok::<_, mesh_core::Error>(Response::new(Body::empty()))
+            });
+        let mut request = request();
+        request.headers_mut().insert("host", http::HeaderValue::from_static("somebody.else"));
+        service.oneshot(request).await.unwrap().into_body().collect().await.unwrap();
+        let lines = written(writer);
+        assert!(lines[0].contains(r#" "reviews" "-" "#), "{lines:?}");
+    }
+
+    #[tokio::test]
     async fn a_client_that_leaves_is_code_0_and_dc() {
         let (sink, writer) = AccessLogSink::new();
         let service = ServiceBuilder::new()

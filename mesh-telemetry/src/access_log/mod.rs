@@ -17,4 +17,4 @@ mod sink;
 
 pub use connection::ConnectionEntry;
 pub use layer::{AccessLog, AccessLogLayer, ResponseFuture};
-pub use sink::{AccessLogSink, Writer};
+pub use sink::{AccessLogSink, DroppedLines, Writer};

@@ -13,7 +13,19 @@ const QUEUE: usize = 16_384;
 #[derive(Clone, Debug)]
 pub struct AccessLogSink {
     lines: mpsc::Sender<String>,
-    dropped: Arc<AtomicU64>,
+    dropped: DroppedLines,
+}
+
+/// How many lines a log has dropped. It does not keep the log open, as a sink does.
+#[derive(Clone, Debug, Default)]
+pub struct DroppedLines(Arc<AtomicU64>);
+
+impl DroppedLines {
+    /// The count so far.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// The writing end. Run it on a thread or runtime of its own, never on a worker.
@@ -33,18 +45,24 @@ impl AccessLogSink {
     #[must_use]
     pub fn with_capacity(lines: usize) -> (Self, Writer) {
         let (sender, receiver) = mpsc::channel(lines.max(1));
-        (Self { lines: sender, dropped: Arc::default() }, Writer { lines: receiver })
+        (Self { lines: sender, dropped: DroppedLines::default() }, Writer { lines: receiver })
     }
 
     /// How many lines were dropped because the writer could not keep up or had gone.
     #[must_use]
     pub fn dropped(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed)
+        self.dropped.count()
+    }
+
+    /// The same count, for whoever shows it and writes nothing.
+    #[must_use]
+    pub fn dropped_lines(&self) -> DroppedLines {
+        self.dropped.clone()
     }
 
     pub(crate) fn write(&self, line: String) {
         if self.lines.try_send(line).is_err() {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.dropped.0.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
@@ -81,6 +99,18 @@ mod tests {
         let mut out = Vec::new();
         writer.run(&mut out).unwrap();
         assert_eq!(out, b"0\n1\n");
+    }
+
+    #[test]
+    fn who_counts_does_not_keep_the_log_open() {
+        let (sink, writer) = AccessLogSink::with_capacity(1);
+        let dropped = sink.dropped_lines();
+        sink.write("first\n".to_owned());
+        sink.write("second\n".to_owned());
+        drop(sink);
+        let mut out = Vec::new();
+        writer.run(&mut out).unwrap();
+        assert_eq!((out.as_slice(), dropped.count()), (&b"first\n"[..], 1));
     }
 
     #[test]

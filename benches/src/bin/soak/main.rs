@@ -12,10 +12,13 @@
 )]
 
 mod churn;
+mod cold;
 mod differential;
 mod envoy;
+mod killed;
 mod large;
 mod memory;
+mod overload;
 mod proxy;
 mod reload;
 
@@ -34,6 +37,30 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Run {
+    /// Kill upstreams in mid-body under 1,000 requests per second of others: nothing looks whole, nobody else is hurt
+    A1 {
+        /// How often
+        #[arg(long, default_value_t = 1000)]
+        kills: u32,
+    },
+    /// Ten times the load that an upstream can bear: it goes on at its best, and the rest is refused at once
+    B5 {
+        /// For how long
+        #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
+        time: Duration,
+        /// How many times as much
+        #[arg(long, default_value_t = 10)]
+        factor: u32,
+    },
+    /// Start many proxies before the services that they need: no outage over 2 s, one connection at a time knocks
+    B9 {
+        /// How many
+        #[arg(long, default_value_t = 200)]
+        proxies: usize,
+        /// For how long after the services have come
+        #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+        time: Duration,
+    },
     /// Reload under 1,000 requests per second: nothing is dropped, nothing sees two generations
     C1 {
         /// How often
@@ -84,6 +111,9 @@ fn main() -> ExitCode {
     match Cli::parse().run {
         Run::Sidecar(args) => mesh_examples::sidecar(*args),
         Run::Gateway(args) => mesh_examples::gateway(*args),
+        Run::A1 { kills } => on_runtime(killed::run(kills)),
+        Run::B5 { time, factor } => on_runtime(overload::run(time, factor)),
+        Run::B9 { proxies, time } => on_runtime(cold::run(proxies, time)),
         Run::C1 { reloads } => on_runtime(reload::run(reloads)),
         Run::C5 { reloads } => verdict(large::run(reloads)),
         Run::C6 { time } => on_runtime(churn::run(time)),

@@ -25,10 +25,17 @@ pub(crate) async fn reload(process: &Process, generation: u64) {
 
 /// A service `app` of these endpoints.
 pub(crate) fn service(endpoints: &[SocketAddr]) -> String {
-    let mut yaml = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: app}\nspec:\n  hosts: [app.default.svc.cluster.local]\n  location: MESH_INTERNAL\n  resolution: STATIC\n  ports: [{number: 80, name: http, protocol: HTTP}]\n  endpoints:\n".to_owned();
+    service_of("app", "HTTP", endpoints)
+}
+
+/// A service that speaks `protocol`.
+pub(crate) fn service_of(name: &str, protocol: &str, endpoints: &[SocketAddr]) -> String {
+    let mut yaml = format!(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}}}\nspec:\n  hosts: [{name}.default.svc.cluster.local]\n  location: MESH_INTERNAL\n  resolution: STATIC\n  ports: [{{number: 80, name: p, protocol: {protocol}}}]\n  endpoints:\n"
+    );
     for endpoint in endpoints {
         // Writing to a String cannot fail.
-        let _ = writeln!(yaml, "  - {{address: {}, ports: {{http: {}}}}}", endpoint.ip(), endpoint.port());
+        let _ = writeln!(yaml, "  - {{address: {}, ports: {{p: {}}}}}", endpoint.ip(), endpoint.port());
     }
     yaml.push_str("---\n");
     yaml

@@ -1,6 +1,6 @@
 //! Which Sidecar a workload has, and which services it lets in (SC-01).
 
-use super::host::is_covered_by;
+use super::host::{is_covered_by, overlap};
 use super::scope::{Level, level};
 use crate::config::Workload;
 use crate::istio::Resource;
@@ -67,13 +67,20 @@ impl EgressHosts {
     /// let in when all of it is.
     #[must_use]
     pub fn allows(&self, host: &str, namespace: &str) -> bool {
+        self.some(namespace, |pattern| is_covered_by(host, pattern))
+    }
+
+    /// Whether a rule for this host in this namespace is let in: when it is for some host that is let in.
+    #[must_use]
+    pub fn allows_rule(&self, host: &str, namespace: &str) -> bool {
+        self.some(namespace, |pattern| overlap(host, pattern))
+    }
+
+    fn some(&self, namespace: &str, fits: impl Fn(&str) -> bool) -> bool {
         !self.excluded.iter().any(|excluded| excluded == namespace)
-            && self.hosts.iter().any(|(namespaces, pattern)| {
-                let fits = match namespaces {
-                    Namespaces::All => true,
-                    Namespaces::One(name) => name == namespace,
-                };
-                fits && is_covered_by(host, pattern)
+            && self.hosts.iter().any(|(namespaces, pattern)| match namespaces {
+                Namespaces::All => fits(pattern),
+                Namespaces::One(name) => name == namespace && fits(pattern),
             })
     }
 }
@@ -100,14 +107,14 @@ pub fn allows(
     })
 }
 
-/// Whether a Sidecar lets in a host of this name and namespace on some port: by any of its listeners.
+/// Whether a Sidecar lets in a rule for this host in this namespace: by any of its listeners.
 #[must_use]
-pub fn allows_some(sidecar: &Resource<Sidecar>, workload: &Workload, host: &str, namespace: &str) -> bool {
+pub fn allows_rule(sidecar: &Resource<Sidecar>, workload: &Workload, host: &str, namespace: &str) -> bool {
     let egress = &sidecar.spec.egress;
     egress.is_empty()
-        || egress
-            .iter()
-            .any(|listener| EgressHosts::new(&listener.hosts, &workload.namespace).allows(host, namespace))
+        || egress.iter().any(|listener| {
+            EgressHosts::new(&listener.hosts, &workload.namespace).allows_rule(host, namespace)
+        })
 }
 
 #[cfg(test)]

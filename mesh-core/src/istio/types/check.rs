@@ -49,8 +49,7 @@ pub fn port(number: u32) -> Checked {
     Err(format!("port number {number} must be in the range 1..65535"))
 }
 
-/// An HTTP status for an injected or direct reply: 200..=599 is the rule of the field's own validator; this is
-/// 100..=599.
+/// An HTTP status: 100..=599.
 ///
 /// # Errors
 /// Outside that range.
@@ -107,6 +106,13 @@ pub fn percent(value: i64) -> Checked {
         Ok(())
     } else {
         Err(format!("percentage {value} must be in the range 0..100"))
+    }
+}
+
+/// No more than `most` of something, as the schema of the resource says. Records at `field`.
+pub(crate) fn at_most(out: &mut Findings, field: &str, what: &str, count: usize, most: usize) {
+    if count > most {
+        out.error(field, format!("{count} {what} are too many (at most {most})"));
     }
 }
 
@@ -334,7 +340,7 @@ pub fn string_match(out: &mut Findings, field: &str, matcher: &StringMatch) {
 }
 
 /// A header name for matching or for a list: lowercase letters, digits and hyphens are customary; what is refused is
-/// what HTTP does not allow in a token.
+/// what HTTP does not allow in a token (RFC 9110, 5.6.2).
 ///
 /// # Errors
 /// Empty, or not a token.
@@ -342,7 +348,7 @@ pub fn header_name(name: &str) -> Checked {
     if name.is_empty() {
         return Err("a header name must not be empty".to_owned());
     }
-    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_') {
+    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)) {
         return Err(format!("header name {name:?} is not a valid header name"));
     }
     Ok(())
@@ -423,6 +429,7 @@ pub fn selector_labels(out: &mut Findings, field: &str, labels: &BTreeMap<String
                     format!("wildcards are not supported in a workload selector: \"{key}={value}\""),
                 );
             }
+            at_most(out, &key_path(key), "characters", value.chars().count(), MAX_LABEL_LEN);
         }
     });
 }

@@ -248,11 +248,15 @@ pub struct LocalityFailover {
 }
 
 /// Preference by zone (DR-LB07).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ZoneAwareLbSetting {
     /// Absent is on.
     pub enabled: Option<bool>,
+    /// Regions in place of others.
+    pub failover: Vec<LocalityFailover>,
+    /// Labels by which endpoints are near, before regions are.
+    pub failover_priority: Vec<String>,
     /// Below so many endpoints zones do not count; absent is 6.
     pub min_cluster_size: Option<u32>,
 }

@@ -3,30 +3,26 @@
 //! The struct holds the fields that decide something here; the accessors fill in istiod's defaults. What it does not
 //! hold is tolerated and reported as a warning, since the file is shared with istiod.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod validate;
+
+use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::check::{self, ExportToOf};
 use super::common::Duration;
 use super::destination_rule::{
-    ClientTlsSettings, H2UpgradePolicy, LocalityLbSetting, TcpKeepalive, TrafficPolicy,
-    validate::locality_setting,
+    ClientTlsSettings, H2UpgradePolicy, LocalityLbSetting, TcpKeepalive, TrafficPolicy, ZoneAwareLbSetting,
 };
 use super::sidecar::OutboundMode;
 use super::virtual_service::HttpRetry;
 use crate::diagnostics::Position;
-use crate::istio::findings::{Findings, Validate};
 
 /// The trust domain of a mesh that names none.
 pub const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
 
 /// The root namespace of a mesh that names none.
 pub const DEFAULT_ROOT_NAMESPACE: &str = "istio-system";
-
-const MIN_CONNECT_TIMEOUT: Duration = Duration::from_secs(0);
-const MAX_CONNECT_TIMEOUT: Duration = Duration::from_secs(3_600);
 
 /// Settings of the whole mesh.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -56,6 +52,8 @@ pub struct MeshConfig {
     pub h2_upgrade_policy: H2UpgradePolicy,
     /// Preference by locality; on by default.
     pub locality_lb_setting: Option<LocalityLbSetting>,
+    /// Preference by zone, before that by locality; off by default.
+    pub zone_aware_lb_setting: Option<ZoneAwareLbSetting>,
     /// `exportTo` of services that say none; default `*`.
     pub default_service_export_to: Vec<String>,
     /// `exportTo` of virtual services that say none; default `*`.
@@ -82,6 +80,10 @@ pub struct MeshConfig {
     pub extension_providers: Vec<ExtensionProvider>,
     /// Which of them are used where a Telemetry names none.
     pub default_providers: Option<DefaultProviders>,
+    /// The port that outbound traffic is redirected to; default 15001. Judged alone.
+    pub proxy_listen_port: Option<u32>,
+    /// Settings of some services. Judged alone.
+    pub service_settings: Vec<ServiceSettings>,
     /// TLS between workloads.
     #[serde(rename = "meshMTLS")]
     pub mesh_mtls: Option<MeshTls>,
@@ -177,6 +179,62 @@ pub struct MeshProxyConfig {
     pub proxy_headers: Option<Value>,
     /// How spans are made and where they go.
     pub tracing: Option<MeshTracing>,
+    /// `host:port` of istiod. Judged alone, as what follows is.
+    pub discovery_address: Option<String>,
+    /// Port of the proxy's administration; default 15000.
+    pub proxy_admin_port: Option<u32>,
+    /// Port of the agent's health; default 15020.
+    pub status_port: Option<u32>,
+    /// `host:port` of a StatsD server.
+    pub statsd_udp_address: String,
+    /// Where Envoy sends metrics.
+    pub envoy_metrics_service: Option<RemoteService>,
+    /// Where Envoy sends access logs.
+    pub envoy_access_log_service: Option<RemoteService>,
+    /// Who signs for TLS handshakes.
+    pub private_key_provider: Option<PrivateKeyProvider>,
+}
+
+/// A service outside of the proxy.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RemoteService {
+    /// `host:port`; empty is none.
+    pub address: String,
+    /// TLS to it.
+    pub tls_settings: Option<ClientTlsSettings>,
+    /// Keep-alive of the connection.
+    pub tcp_keepalive: Option<TcpKeepalive>,
+}
+
+/// Who signs for TLS handshakes: one of its members.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PrivateKeyProvider {
+    /// Intel's AVX-512.
+    pub cryptomb: Option<PolledKeys>,
+    /// Intel's QuickAssist.
+    pub qat: Option<PolledKeys>,
+}
+
+/// Signatures that are waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PolledKeys {
+    /// How long is waited between looks; required, and not 0.
+    pub poll_delay: Option<Duration>,
+    /// Whether software does it where the hardware is missing.
+    pub fallback: Option<bool>,
+}
+
+/// Settings of some services.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceSettings {
+    /// The settings.
+    pub settings: Option<Value>,
+    /// The services, also by wildcard.
+    pub hosts: Vec<String>,
 }
 
 /// What stands before a gateway.
@@ -338,115 +396,10 @@ impl MeshConfig {
     }
 }
 
-impl Validate for MeshConfig {
-    fn validate(&self, out: &mut Findings) {
-        if !self.trust_domain.is_empty() {
-            out.check("trustDomain", trust_domain(&self.trust_domain));
-        }
-        for (index, alias) in self.trust_domain_aliases.iter().enumerate() {
-            out.check(&format!("trustDomainAliases[{index}]"), trust_domain(alias));
-        }
-        if !self.root_namespace.is_empty() {
-            out.check("rootNamespace", check::dns1123_label(&self.root_namespace));
-        }
-        if let Some(timeout) = self.connect_timeout
-            && out.check("connectTimeout", check::duration(timeout))
-        {
-            out.check(
-                "connectTimeout",
-                check::duration_range(timeout, MIN_CONNECT_TIMEOUT, MAX_CONNECT_TIMEOUT),
-            );
-        }
-        for (field, value) in [
-            ("protocolDetectionTimeout", self.protocol_detection_timeout),
-            ("dnsRefreshRate", self.dns_refresh_rate),
-        ] {
-            if let Some(value) = value {
-                out.check(field, check::duration_or_zero(value));
-            }
-        }
-        if let Some(setting) = &self.locality_lb_setting {
-            out.within("localityLbSetting", |out| locality_setting(out, setting, true));
-        }
-        for (field, list) in [
-            ("defaultServiceExportTo", &self.default_service_export_to),
-            ("defaultVirtualServiceExportTo", &self.default_virtual_service_export_to),
-            ("defaultDestinationRuleExportTo", &self.default_destination_rule_export_to),
-        ] {
-            check::export_to(out, field, list, ".", ExportToOf::ServiceEntry);
-        }
-        if let Some(policy) = &self.default_traffic_policy {
-            out.within("defaultTrafficPolicy", |out| policy.validate(out));
-        }
-        if let Some(config) = &self.default_config {
-            out.within("defaultConfig", |out| config.validate(out));
-        }
-        self.validate_providers(out);
-        if self.mesh_mtls.as_ref().is_some_and(|tls| !tls.ecdh_curves.is_empty()) {
-            out.error("meshMTLS.ecdhCurves", "TLS between workloads does not support a choice of curves");
-        }
-    }
-}
-
-impl MeshConfig {
-    fn validate_providers(&self, out: &mut Findings) {
-        let mut names = BTreeSet::new();
-        for (index, provider) in self.extension_providers.iter().enumerate() {
-            out.item("extensionProviders", index, |out| {
-                // istiod only logs it: a provider that nobody names does no harm.
-                if provider.name.is_empty() {
-                    out.warning("name", "a provider without a name cannot be used");
-                } else if !names.insert(provider.name.as_str()) {
-                    out.warning(
-                        "name",
-                        format!("provider {:?} is defined twice, the first is used", provider.name),
-                    );
-                }
-            });
-        }
-    }
-}
-
-impl Validate for MeshProxyConfig {
-    fn validate(&self, out: &mut Findings) {
-        if self.concurrency.is_some_and(|workers| workers < 0) {
-            out.error("concurrency", "must be greater than or equal to 0");
-        }
-        if let Some(drain) = self.drain_duration
-            && out.check("drainDuration", check::duration(drain))
-            && drain.as_nanos() % 1_000_000_000 != 0
-        {
-            out.error("drainDuration", "only whole seconds are supported");
-        }
-        if let Some(drain) = self.termination_drain_duration {
-            out.check("terminationDrainDuration", check::duration_or_zero(drain));
-        }
-        if self
-            .tracing
-            .as_ref()
-            .and_then(|tracing| tracing.sampling)
-            .is_some_and(|p| !(0.0..=100.0).contains(&p))
-        {
-            out.error("tracing.sampling", "must be in range [0.0, 100.0]");
-        }
-        if let Some(tls) = self.tracing.as_ref().and_then(|tracing| tracing.tls_settings.as_ref()) {
-            out.within("tracing.tlsSettings", |out| tls.validate(out));
-        }
-    }
-}
-
-/// Labels with dots between them; a dot at the end is allowed.
-fn trust_domain(domain: &str) -> check::Checked {
-    let labels = domain.strip_suffix('.').unwrap_or(domain);
-    if labels.split('.').all(check::is_dns1123_label) {
-        return Ok(());
-    }
-    Err(format!("trust domain name {domain:?} is invalid"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::istio::findings::{Findings, Validate};
 
     #[test]
     fn mc_01_defaults() {

@@ -25,6 +25,7 @@ pub mod protocol;
 pub mod proxy_config;
 pub mod rbac;
 pub mod request_authentication;
+pub mod scenario;
 pub mod secret;
 pub mod service_entry;
 pub mod sidecar;

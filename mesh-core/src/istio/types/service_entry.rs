@@ -110,6 +110,14 @@ impl Validate for ServiceEntry {
         if self.workload_selector.is_some() && self.endpoints.is_some() {
             out.error("", "only one of workloadSelector and endpoints can be set");
         }
+        for (field, count, most) in [
+            ("hosts", self.hosts.len(), 256),
+            ("addresses", self.addresses.len(), 256),
+            ("ports", self.ports.len(), 256),
+            ("endpoints", self.endpoints().len(), 4096),
+        ] {
+            check::at_most(out, field, field, count, most);
+        }
         self.validate_hosts(out);
         self.validate_addresses(out);
         self.validate_ports(out);

@@ -53,11 +53,7 @@ impl WorkloadEntry {
             }
             out.warning("address", format!("address is unset with network {:?}", self.network));
         }
-        if let Some(path) = self.address.strip_prefix(UNIX_PREFIX) {
-            out.check("address", check::unix_address(path));
-            if !self.ports.is_empty() {
-                out.error("ports", "a unix domain socket has no ports");
-            }
+        if self.validate_socket(out) {
             if service_ports.is_some_and(|ports| ports.len() != 1) {
                 out.error("address", "a unix domain socket needs a service with exactly one port");
             }
@@ -69,7 +65,7 @@ impl WorkloadEntry {
             }
         }
         self.validate_ports(out, service_ports);
-        check::labels(out, "labels", &self.labels);
+        self.validate_limits(out);
     }
 
     /// Judges an endpoint of a service that is resolved by DNS: an address or a name, never a socket.
@@ -78,13 +74,39 @@ impl WorkloadEntry {
             out.error("address", not_an_address(&self.address));
         }
         self.validate_ports(out, Some(service_ports));
-        check::labels(out, "labels", &self.labels);
+        self.validate_limits(out);
     }
 
     /// Judges the template of a group, in which the address is filled in later.
     pub(crate) fn validate_as_template(&self, out: &mut Findings) {
+        self.validate_socket(out);
         self.validate_ports(out, None);
+        self.validate_limits(out);
+    }
+
+    /// The labels, and how long and how many the schema lets things be.
+    fn validate_limits(&self, out: &mut Findings) {
+        for (field, text, most) in [
+            ("address", &self.address, 256),
+            ("network", &self.network, 2048),
+            ("locality", &self.locality, 2048),
+            ("serviceAccount", &self.service_account, 253),
+        ] {
+            check::at_most(out, field, "characters", text.chars().count(), most);
+        }
+        check::at_most(out, "ports", "ports", self.ports.len(), 128);
+        check::at_most(out, "labels", "labels", self.labels.len(), 256);
         check::labels(out, "labels", &self.labels);
+    }
+
+    /// Judges the address if it is a unix domain socket, and says whether it is one.
+    fn validate_socket(&self, out: &mut Findings) -> bool {
+        let Some(path) = self.address.strip_prefix(UNIX_PREFIX) else { return false };
+        out.check("address", check::unix_address(path));
+        if !self.ports.is_empty() {
+            out.error("ports", "a unix domain socket has no ports");
+        }
+        true
     }
 
     fn validate_ports(&self, out: &mut Findings, service_ports: Option<&BTreeSet<&str>>) {

@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 
 use super::{
     ClientTlsMode, ClientTlsSettings, ConnectionPoolSettings, ConsistentHashLb, DestinationRule,
-    H2UpgradePolicy, HttpSettings, LoadBalancerSettings, LocalityLbSetting, OutlierDetection,
-    PortTrafficPolicy, RetryBudget, SimpleLb, Subset, TcpSettings, TrafficPolicy, TunnelSettings,
-    WarmupConfiguration,
+    H2UpgradePolicy, HttpSettings, LoadBalancerSettings, LocalityFailover, LocalityLbSetting,
+    OutlierDetection, PortTrafficPolicy, RetryBudget, SimpleLb, Subset, TcpSettings, TrafficPolicy,
+    TunnelSettings, WarmupConfiguration, ZoneAwareLbSetting,
 };
 use crate::istio::findings::{Findings, Validate};
 use crate::istio::types::check::{self, ExportToOf};
 use crate::istio::types::common::{Duration, Percent};
+use crate::istio::types::target;
 
 /// How many `portLevelSettings` there may be.
 const MAX_PORT_SETTINGS: usize = 4096;
@@ -22,6 +23,7 @@ const DEPRECATED: &str = "IST0002";
 
 impl Validate for DestinationRule {
     fn validate(&self, out: &mut Findings) {
+        target::metadata(out, false);
         out.check("host", check::wildcard_domain(&self.host));
         if let Some(policy) = &self.traffic_policy {
             out.within("trafficPolicy", |out| policy.validate(out));
@@ -132,6 +134,9 @@ fn blocks(
             balancer.validate(out);
             if let Some(locality) = &balancer.locality_lb_setting {
                 out.within("localityLbSetting", |out| locality_setting(out, locality, outlier.is_some()));
+            }
+            if let Some(zones) = &balancer.zone_aware_lb_setting {
+                out.within("zoneAwareLbSetting", |out| zone_aware_setting(out, zones, outlier.is_some()));
             }
         });
     }
@@ -428,11 +433,35 @@ pub(in crate::istio) fn locality_setting(
             }
         });
     }
-    let fails_over = !setting.failover.is_empty() || !setting.failover_priority.is_empty();
+    failovers(out, &setting.failover, &setting.failover_priority, outlier_detection);
+}
+
+pub(in crate::istio) fn zone_aware_setting(
+    out: &mut Findings,
+    setting: &ZoneAwareLbSetting,
+    outlier_detection: bool,
+) {
+    for (index, label) in setting.failover_priority.iter().enumerate() {
+        let key = label.split('=').next().unwrap_or(label);
+        if TOPOLOGY_LABELS.contains(&key) {
+            let message = format!("the topology label {key:?} must not stand here: zones are seen to anyway");
+            out.error(&format!("failoverPriority[{index}]"), message);
+        }
+    }
+    failovers(out, &setting.failover, &setting.failover_priority, outlier_detection);
+}
+
+fn failovers(
+    out: &mut Findings,
+    failover: &[LocalityFailover],
+    failover_priority: &[String],
+    outlier_detection: bool,
+) {
+    let fails_over = !failover.is_empty() || !failover_priority.is_empty();
     if fails_over && !outlier_detection {
         out.warning("", "failover needs outlierDetection; without it nothing ever fails over");
     }
-    for (index, failover) in setting.failover.iter().enumerate() {
+    for (index, failover) in failover.iter().enumerate() {
         out.item("failover", index, |out| {
             if failover.from == failover.to {
                 out.error("to", "must be another region than from");
@@ -446,7 +475,8 @@ pub(in crate::istio) fn locality_setting(
     }
 }
 
-/// Localities of one list, none of which may lie within another.
+/// Localities of one list, none of which may lie within another, except that a wildcard may come after what it covers:
+/// the first that matches is taken, so it stands for the rest.
 #[derive(Default)]
 struct Localities<'a> {
     seen: Vec<Vec<&'a str>>,
@@ -462,21 +492,39 @@ impl<'a> Localities<'a> {
         if parts.len() > 3 || parts.iter().any(|part| part.is_empty()) {
             return Err(format!("locality {locality:?} must be region, region/zone or region/zone/sub-zone"));
         }
-        if parts.last() == Some(&"*") {
+        if wildcards == 1 {
             parts.pop();
         }
-        let overlaps = self.seen.iter().any(|other| {
-            let common = other.len().min(parts.len());
-            other[..common] == parts[..common]
-        });
+        let overlaps = self
+            .seen
+            .iter()
+            .any(|before| parts.starts_with(before) || (wildcards == 0 && before.starts_with(&parts)));
         self.seen.push(parts);
         if overlaps { Err(format!("locality {locality:?} overlaps with another one")) } else { Ok(()) }
     }
 }
 
+/// What a credential's name begins with that is kept in a ConfigMap.
+const CONFIG_MAP: &str = "configmap://";
+
+/// The name of a ConfigMap with an optional namespace before it, which can only be the rule's own.
+fn config_map(name: &str, own: &str) -> check::Checked {
+    let (namespace, name) = name.split_once('/').unwrap_or((own, name));
+    if name.is_empty() || name.contains('/') {
+        return Err(format!("must be {CONFIG_MAP}name or {CONFIG_MAP}namespace/name"));
+    }
+    if namespace != own {
+        return Err(format!("a ConfigMap of the namespace {namespace:?} cannot be used in {own:?}"));
+    }
+    Ok(())
+}
+
 impl Validate for ClientTlsSettings {
     fn validate(&self, out: &mut Findings) {
         let mode = self.mode;
+        if let Some(name) = self.credential_name.strip_prefix(CONFIG_MAP) {
+            out.check("credentialName", config_map(name, &out.subject().namespace));
+        }
         if self.insecure_skip_verify == Some(true) {
             let set = [
                 ("caCertificates", !self.ca_certificates.is_empty(), true),

@@ -10,12 +10,14 @@ use super::{
 };
 use crate::istio::findings::{Findings, Validate};
 use crate::istio::types::check::{self, ExportToOf};
+use crate::istio::types::target;
 
 /// The gateway that stands for all sidecars.
 const MESH: &str = "mesh";
 
 impl Validate for VirtualService {
     fn validate(&self, out: &mut Findings) {
+        target::metadata(out, false);
         let delegate = self.hosts.is_empty();
         if delegate {
             for (field, present) in [
@@ -89,15 +91,18 @@ impl VirtualService {
     }
 }
 
-/// A host, or a name that istiod makes for SNI routing between clusters (`outbound_.80_.v1_.host`).
+/// A host, or a name that istiod makes for SNI routing between clusters (`outbound_.80_.v1_.host`): it needs a digit in
+/// the place of the port, and a letter in that of the host.
 fn host_name(host: &str, sni: bool) -> check::Checked {
-    match host.strip_prefix("outbound_.") {
-        Some(rest) if sni => {
-            let real = rest.splitn(3, "_.").nth(2).unwrap_or_default();
-            check::fqdn(real).map_err(|reason| format!("{host:?}: {reason}"))
-        }
-        _ => check::wildcard_domain(host),
+    let Some(rest) = host.strip_prefix("outbound_").filter(|_| sni) else {
+        return check::wildcard_domain(host);
+    };
+    let mut parts = rest.split('_');
+    let (port, name) = (parts.next().unwrap_or_default(), parts.nth(1).unwrap_or_default());
+    if port.contains(|c: char| c.is_ascii_digit()) && name.contains(|c: char| c.is_ascii_alphabetic()) {
+        return Ok(());
     }
+    Err(format!("{host:?} must be of the form outbound_.<port>_._.<hostname>"))
 }
 
 /// Whether some name matches both hosts, which are in lower case.

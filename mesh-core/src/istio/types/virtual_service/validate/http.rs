@@ -16,7 +16,7 @@ use crate::istio::types::common::{Percent, StringMatch, StringMatchKind};
 const DEPRECATED: &str = "IST0002";
 
 /// Pseudo-headers, which a match may name like headers.
-const PSEUDO_HEADERS: [&str; 4] = [":method", ":scheme", ":authority", ":path"];
+const PSEUDO_HEADERS: [&str; 5] = [":method", ":scheme", ":authority", ":path", ":status"];
 
 /// A header key with which a match looks at a claim of the validated JWT (VS-M07).
 const CLAIM_PREFIX: &str = "@request.auth.claims";
@@ -130,7 +130,7 @@ fn request_match(out: &mut Findings, matches: &HttpMatchRequest, for_gateways: b
         header_matches(out, field, map, for_gateways);
     }
     for (name, matcher) in &matches.query_params {
-        string_match(out, &join("queryParams", name), matcher, true, true);
+        string_match(out, &join("queryParams", name), matcher, false, true);
     }
     if matches.port != 0 {
         out.check("port", check::port(matches.port));
@@ -152,7 +152,7 @@ fn header_matches(out: &mut Findings, field: &str, map: &BTreeMap<String, String
         } else if !PSEUDO_HEADERS.contains(&name.as_str()) {
             out.check(&at, check::header_name(name));
         }
-        string_match(out, &at, matcher, true, true);
+        string_match(out, &at, matcher, false, true);
     }
 }
 
@@ -169,7 +169,8 @@ fn join(field: &str, key: &str) -> String {
     if key.starts_with('[') { format!("{field}{key}") } else { format!("{field}.{key}") }
 }
 
-/// `presence`: the regex `*` stands for "present", and nothing at all does too.
+/// `empty_prefix`: the empty prefix is one that every text has; Envoy takes it for paths alone. `presence`: the regex
+/// `*` stands for "present", and nothing at all does too.
 fn string_match(out: &mut Findings, field: &str, matcher: &StringMatch, empty_prefix: bool, presence: bool) {
     match matcher.kind() {
         StringMatchKind::Regex("*") if presence => {}
@@ -238,6 +239,9 @@ fn header_value(value: &str) -> check::Checked {
         End,
     }
     let wrong = |what: &str| Err(format!("header value {value:?}: {what}; write %% for a percent sign"));
+    if value.bytes().any(|byte| byte.is_ascii_control() && byte != b'\t') {
+        return Err(format!("header value {value:?} holds a control character"));
+    }
     let mut at = In::Literal;
     let mut bytes = value.bytes().peekable();
     while let Some(byte) = bytes.next() {
@@ -342,10 +346,8 @@ fn fault_abort(out: &mut Findings, abort: &FaultAbort) {
         1 => {}
         _ => out.error("", "only one of httpStatus, grpcStatus and http2Error may be set"),
     }
-    if let Some(status) = abort.http_status
-        && !(200..=599).contains(&status)
-    {
-        out.error("httpStatus", format!("HTTP status {status} must be in the range 200..599"));
+    if let Some(status) = abort.http_status {
+        reply_status(out, "httpStatus", status.into());
     }
     if let Some(status) = &abort.grpc_status
         && !GRPC_STATUSES.contains(&status.as_str())
@@ -357,6 +359,13 @@ fn fault_abort(out: &mut Findings, abort: &FaultAbort) {
     }
     if abort.http2_error.is_some() {
         out.error("http2Error", "is not supported");
+    }
+}
+
+/// The status of a reply that no upstream gives. Istio says 200..599 and lets 600 pass; HTTP has no 600.
+fn reply_status(out: &mut Findings, field: &str, status: i64) {
+    if !(200..=599).contains(&status) {
+        out.error(field, format!("HTTP status {status} must be in the range 200..599"));
     }
 }
 
@@ -466,9 +475,7 @@ const LARGE_BODY: usize = 100 * 1024;
 const MAX_BODY: usize = 1024 * 1024;
 
 fn direct_response(out: &mut Findings, response: &HttpDirectResponse) {
-    if !(200..=599).contains(&response.status) {
-        out.error("status", format!("HTTP status {} must be in the range 200..599", response.status));
-    }
+    reply_status(out, "status", response.status.into());
     let Some(HttpBody { string, bytes }) = &response.body else { return };
     if string.is_some() && bytes.is_some() {
         out.error("body", "only one of string and bytes may be set");
@@ -492,7 +499,14 @@ fn retry(out: &mut Findings, retries: &HttpRetry) {
         out.error("attempts", format!("{} must not be negative", retries.attempts));
     }
     if retries.attempts == 0 && *retries != HttpRetry::default() {
-        out.error("attempts", "0 turns retries off, so nothing else may be set");
+        let refused = retries.per_try_timeout.is_some()
+            || !retries.retry_on.is_empty()
+            || retries.retry_remote_localities.is_some();
+        if refused {
+            out.error("attempts", "0 turns retries off, so nothing else may be set");
+        } else {
+            out.warning("attempts", "0 turns retries off, so what else is set has no effect");
+        }
     }
     for (field, value) in [("perTryTimeout", retries.per_try_timeout), ("backoff", retries.backoff)] {
         if let Some(value) = value {

@@ -45,7 +45,8 @@ pub(super) fn http(out: &mut Findings, routes: &[HttpRoute]) {
     let rules: Vec<&[HttpMatchRequest]> = routes.iter().map(|route| route.matches.as_slice()).collect();
     same(out, "http", &rules);
     let mut earlier: HashMap<&str, Vec<Prefixed<'_>>> = HashMap::new();
-    for (rule, matches) in rules.iter().enumerate() {
+    let reached = rules.iter().position(|matches| matches.is_empty()).unwrap_or(rules.len());
+    for (rule, matches) in rules[..reached].iter().enumerate() {
         for (at, matches) in matches.iter().enumerate() {
             let Some(later) = Prefixed::of(rule, at, matches) else { continue };
             let shorter = later.prefix.char_indices().skip(1).map(|(end, _)| &later.prefix[..end]);
@@ -81,11 +82,12 @@ fn same<M: Comparable>(out: &mut Findings, field: &str, rules: &[&[M]]) {
     let mut seen: HashMap<M, usize> = HashMap::new();
     for (rule, matches) in rules.iter().enumerate() {
         let at = format!("{field}[{rule}]");
+        if let Some(before) = catch_all {
+            let message = format!("is never used: {field}[{before}] has no match, and takes everything");
+            out.warning_code(&at, message, UNREACHABLE);
+            continue;
+        }
         if matches.is_empty() {
-            if let Some(before) = catch_all {
-                let message = format!("is never used: {field}[{before}] has no match, and takes everything");
-                out.warning_code(&at, message, UNREACHABLE);
-            }
             catch_all = Some(rule);
             continue;
         }
@@ -205,6 +207,10 @@ mod tests {
     #[test]
     fn what_an_earlier_rule_takes_is_said() {
         assert_eq!(found(&[HttpRoute::default(), HttpRoute::default()]), ["http[1] IST0130"]);
+        assert_eq!(
+            found(&[HttpRoute::default(), prefixed("/a", None), prefixed("/ab", None)]),
+            ["http[1] IST0130", "http[2] IST0130"]
+        );
         assert_eq!(found(&[prefixed("/a", None), prefixed("/ab", None)]), ["http[1].match[0] IST0131"]);
         assert_eq!(
             found(&[prefixed("/a", None), prefixed("/a", None)]),
@@ -228,10 +234,5 @@ mod tests {
         assert_eq!(found(&[prefixed("/ab", None), prefixed("/a", None), HttpRoute::default()]), none);
         assert_eq!(found(&[prefixed("/a", Some("1")), prefixed("/ab", Some("2"))]), none);
         assert_eq!(found(&[prefixed("/a", Some("1")), prefixed("/ab", None)]), none);
-        assert_eq!(
-            found(&[HttpRoute::default(), prefixed("/a", None)]),
-            none,
-            "as Istio, which only compares like"
-        );
     }
 }

@@ -1,0 +1,35 @@
+//! Gateways of matches: they choose among those of their virtual service, and attach it nowhere (VS-02, VS-M13).
+
+use mesh_core::diagnostics::Diagnostics;
+use mesh_core::istio::ResourceSet;
+
+use super::http::{gateway_name, names_gateway};
+
+/// Reports matches whose gateways their virtual service is not attached to: they take nothing.
+pub(super) fn check(set: &ResourceSet, diags: &mut Diagnostics) {
+    // A delegate is attached where its root is.
+    for resource in set.virtual_services().iter().filter(|resource| !resource.spec.hosts.is_empty()) {
+        let (spec, namespace) = (&resource.spec, &resource.meta.namespace);
+        let http = spec.http.iter().map(|rule| rule.matches.iter().map(|m| &m.gateways).collect::<Vec<_>>());
+        let tls = spec.tls.iter().map(|rule| rule.matches.iter().map(|m| &m.gateways).collect());
+        let tcp = spec.tcp.iter().map(|rule| rule.matches.iter().map(|m| &m.gateways).collect());
+        let rules = (http.enumerate().map(|(at, rule)| ("http", at, rule)))
+            .chain(tls.enumerate().map(|(at, rule)| ("tls", at, rule)))
+            .chain(tcp.enumerate().map(|(at, rule)| ("tcp", at, rule)));
+        for (kind, at, matches) in rules {
+            for (match_at, gateways) in matches.into_iter().enumerate().filter(|(_, names)| !names.is_empty())
+            {
+                let attached = gateways
+                    .iter()
+                    .any(|name| names_gateway(&spec.gateways, namespace, &[gateway_name(name, namespace)]));
+                if !attached {
+                    diags.warning_at(
+                        resource.doc,
+                        format!("spec.{kind}[{at}].match[{match_at}].gateways"),
+                        "spec.gateways has none of these: the match takes nothing".to_owned(),
+                    );
+                }
+            }
+        }
+    }
+}

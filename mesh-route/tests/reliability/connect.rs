@@ -1,0 +1,195 @@
+//! Endpoints that cannot be connected to (A5).
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_route::{PoolSettings, RetryOn, RetryPolicy, UpstreamProtocol};
+use mesh_testkit::scripted::{Reply, Script};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::support::{BOTH, Host, Network, Tasks, client_on, cluster_of, get, nothing_is_left, outcome};
+
+/// Too many open files, in this process and in the system.
+const EMFILE: i32 = 24;
+const ENFILE: i32 = 23;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+fn unreachable() -> [(&'static str, Host); 4] {
+    [
+        ("refused", Host::Fails(ErrorKind::ConnectionRefused)),
+        ("black hole", Host::Silent),
+        ("EMFILE", Host::FailsWith(EMFILE)),
+        ("ENFILE", Host::FailsWith(ENFILE)),
+    ]
+}
+
+fn pool() -> PoolSettings {
+    PoolSettings { connect_timeout: CONNECT_TIMEOUT, ..PoolSettings::default() }
+}
+
+fn connect_failures(attempts: u32) -> RetryPolicy {
+    RetryPolicy::new(attempts, RetryOn::parse("connect-failure").unwrap())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a5_one_healthy_endpoint_answers_for_those_that_cannot_be_reached() {
+    for protocol in BOTH {
+        for (name, host) in unreachable() {
+            let tasks = Tasks::now();
+            let (network, up) = (Network::default(), Script::new("up", |_| Reply::Status(200)));
+            let addrs = [
+                network.host(host.clone()),
+                network.host(Host::script(&up, protocol)),
+                network.host(host.clone()),
+            ];
+            let cluster = cluster_of(&addrs, |spec| (spec.protocol, spec.pool) = (protocol, pool()));
+            let client = network.client(&cluster, |route| route.retry(connect_failures(2)));
+            for _ in 0..10 {
+                let mut requests = JoinSet::new();
+                for _ in 0..100 {
+                    let client = client.clone();
+                    requests.spawn(async move {
+                        let started = Instant::now();
+                        (outcome(&client, get()).await, started.elapsed())
+                    });
+                }
+                for (outcome, took) in requests.join_all().await {
+                    assert_eq!(outcome, "200 - up", "{name} {protocol:?}");
+                    // Two connect timeouts, and two pauses that are drawn below 25 and 75 ms.
+                    let most = CONNECT_TIMEOUT * 2 + Duration::from_millis(100);
+                    assert!(took <= most, "{name} {protocol:?} {took:?}");
+                }
+            }
+            assert_eq!(up.requests(), 1000, "each request came once");
+            assert!(network.dialled(addrs[0]) > 0 && network.dialled(addrs[2]) > 0, "{name} was tried");
+            nothing_is_left(&cluster, || up.open()).await;
+            drop((client, cluster));
+            tasks.are_back().await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a5_without_a_healthy_endpoint_it_is_uf_after_as_many_tries_as_there_may_be() {
+    for protocol in BOTH {
+        for (name, host) in unreachable() {
+            let network = Network::default();
+            let addrs = [network.host(host.clone()), network.host(host.clone())];
+            let cluster = cluster_of(&addrs, |spec| (spec.protocol, spec.pool) = (protocol, pool()));
+            let client = network.client(&cluster, |route| route.retry(connect_failures(3)));
+            let started = Instant::now();
+            let reason =
+                if name == "black hole" { "connection_timeout" } else { "remote_connection_failure" };
+            assert_eq!(
+                outcome(&client, get()).await,
+                format!("503 UF upstream_reset_before_response_started{{{reason}}}"),
+                "{name} {protocol:?}"
+            );
+            let dialled = network.dialled(addrs[0]) + network.dialled(addrs[1]);
+            assert_eq!(dialled, 4, "{name} {protocol:?}: the first try and three more");
+            let waited = if name == "black hole" { CONNECT_TIMEOUT * 4 } else { Duration::ZERO };
+            let took = started.elapsed();
+            assert!(took >= waited && took <= waited + Duration::from_millis(25 + 75 + 175), "{took:?}");
+            nothing_is_left(&cluster, || 0).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a5_an_endpoint_that_comes_back_is_used_by_the_next_request() {
+    for protocol in BOTH {
+        let (network, up) = (Network::default(), Script::new("up", |_| Reply::Status(200)));
+        let addr = network.host(Host::Fails(ErrorKind::ConnectionRefused));
+        let cluster = cluster_of(&[addr], |spec| spec.protocol = protocol);
+        let client = network.client(&cluster, |route| route);
+        for _ in 0..100 {
+            assert!(outcome(&client, get()).await.starts_with("503 UF "), "{protocol:?}");
+        }
+        network.replace(addr, Host::script(&up, protocol));
+        assert_eq!(outcome(&client, get()).await, "200 - up", "{protocol:?}: nobody remembers failures");
+        nothing_is_left(&cluster, || up.open()).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a5_a_crowd_at_a_dead_endpoint_makes_one_connection_at_a_time() {
+    for protocol in BOTH {
+        for (name, host) in unreachable() {
+            let network = Network::default();
+            let addr = network.host(host);
+            let cluster = cluster_of(&[addr], |spec| (spec.protocol, spec.pool) = (protocol, pool()));
+            let client = network.client(&cluster, |route| route);
+            let started = Instant::now();
+            let mut requests = JoinSet::new();
+            for _ in 0..100 {
+                let client = client.clone();
+                requests.spawn(async move { outcome(&client, get()).await });
+            }
+            for outcome in requests.join_all().await {
+                assert!(outcome.starts_with("503 UF "), "{name} {protocol:?} {outcome}");
+            }
+            assert_eq!((network.most_dialling(), network.dialled(addr)), (1, 1), "{name} {protocol:?}");
+            assert!(started.elapsed() <= CONNECT_TIMEOUT, "they fail together, not one after the other");
+            nothing_is_left(&cluster, || 0).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a5_whoever_connects_and_leaves_hands_it_to_the_next() {
+    for protocol in BOTH {
+        let (network, up) = (Network::default(), Script::new("up", |_| Reply::Status(200)));
+        let addr = network.host(Host::Silent);
+        let cluster = cluster_of(&[addr], |spec| spec.protocol = protocol);
+        let client = network.client(&cluster, |route| route);
+        let first = tokio::spawn({
+            let client = client.clone();
+            async move { outcome(&client, get()).await }
+        });
+        mesh_testkit::until("the first to connect", async || network.dialled(addr) == 1).await;
+        let others: Vec<_> = (0..10)
+            .map(|_| {
+                let client = client.clone();
+                tokio::spawn(async move { outcome(&client, get()).await })
+            })
+            .collect();
+        mesh_testkit::until("the others to wait", async || cluster.runtime().unwrap().pending() == 11).await;
+        network.replace(addr, Host::script(&up, protocol));
+        first.abort();
+        assert!(first.await.unwrap_err().is_cancelled());
+        for other in others {
+            assert_eq!(other.await.unwrap(), "200 - up", "{protocol:?}");
+        }
+        if protocol == UpstreamProtocol::Http2 {
+            assert_eq!(network.dialled(addr), 2);
+        }
+        nothing_is_left(&cluster, || up.open()).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_a_look_through_idle_connections_made_those_who_waited_try_one_after_the_other() {
+    for protocol in BOTH {
+        let (network, up) = (Network::default(), Script::new("up", |_| Reply::Status(200)));
+        let addrs = [network.host(Host::script(&up, protocol)), network.host(Host::Silent)];
+        let cluster_at = |addr| cluster_of(&[addr], |spec| (spec.protocol, spec.pool) = (protocol, pool()));
+        let shard = network.shard(1);
+        let (good, dead) = (cluster_at(addrs[0]), cluster_at(addrs[1]));
+        // With the first connection the shard begins to look through its idle ones each second.
+        assert_eq!(outcome(&client_on(Arc::clone(&shard), &good, |route| route), get()).await, "200 - up");
+        let client = client_on(shard, &dead, |route| route);
+        let started = Instant::now();
+        let mut requests = JoinSet::new();
+        for _ in 0..50 {
+            let client = client.clone();
+            requests.spawn(async move { outcome(&client, get()).await });
+        }
+        for outcome in requests.join_all().await {
+            assert!(outcome.starts_with("503 UF "), "{outcome}");
+        }
+        assert_eq!((started.elapsed(), network.dialled(addrs[1])), (CONNECT_TIMEOUT, 1), "{protocol:?}");
+    }
+}
