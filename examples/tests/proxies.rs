@@ -189,13 +189,13 @@ items:
   ports: [{name: http, port: 8080, protocol: TCP}]
 - {apiVersion: apps/v1, kind: Deployment, metadata: {name: a}, spec: {replicas: 1}}
 - {apiVersion: apps/v1, kind: Deployment, metadata: {name: b}, spec: {replicas: 1}}
-- {apiVersion: v1, kind: Secret, metadata: {name: c}, data: {}}
+- {apiVersion: v1, kind: Job, metadata: {name: c}, data: {}}
 ",
     );
     let output = Command::new(SIDECAR).args(["--check", "--config", &dir.file("all.yaml")]).output().unwrap();
     assert_eq!(
         String::from_utf8_lossy(&output.stdout),
-        "3 documents of other kinds are skipped (Deployment 2, Secret 1)\n0 errors, 0 warnings\n"
+        "3 documents of other kinds are skipped (Deployment 2, Job 1)\n0 errors, 0 warnings\n"
     );
     assert_eq!(output.status.code(), Some(0));
 }
