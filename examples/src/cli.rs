@@ -86,7 +86,8 @@ pub struct Common {
     #[arg(long, value_name = "PATH")]
     pub mesh_config: Option<PathBuf>,
 
-    /// Admin endpoints: /ready /config_dump /clusters /listeners /server_info /explain /mirror_diff
+    /// Admin endpoints: /ready /config_dump /clusters /listeners /server_info /explain /canary /mirror_diff
+    /// /stats/prometheus
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15000")]
     pub admin: SocketAddr,
 
@@ -127,7 +128,7 @@ pub struct Common {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub workers: Option<u16>,
 
-    /// How long listeners still accept after SIGTERM, while readiness fails
+    /// How long listeners still accept after SIGTERM, while readiness fails; not longer than something is in flight
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
     pub drain_time: Duration,
 

@@ -297,6 +297,10 @@ impl Proxy {
             if let Some(skipped) = &loaded.skipped {
                 tracing::info!("{skipped}");
             }
+            let is_watched = self.common.config.iter().any(|path| path.as_os_str() != "-");
+            if is_watched && self.files.iter().all(|file| file.text.trim_ascii().is_empty()) {
+                tracing::warn!("there is nothing in the configuration: no rule is in force any more");
+            }
             tracing::info!(generation = outcome.generation, "configuration accepted");
         } else {
             tracing::error!(

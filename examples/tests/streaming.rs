@@ -502,7 +502,7 @@ async fn a11_what_nobody_reads_is_not_taken_in() {
             // A small one first, so that what is kept anyway is there.
             open.notify_one();
             client.send(host(up), Request::post("/up"), Full::from("x").boxed()).await;
-            let before = sidecar.pss_kib();
+            let before = sidecar.anonymous_kib();
 
             taken.store(0, Ordering::SeqCst);
             let sent = Arc::<AtomicUsize>::default();
@@ -510,7 +510,7 @@ async fn a11_what_nobody_reads_is_not_taken_in() {
             let uploading =
                 tokio::spawn(async move { client.send(host(up), Request::post("/up"), flood).await });
             let stopped = settled(&sent).await;
-            let held = sidecar.pss_kib().saturating_sub(before);
+            let held = sidecar.anonymous_kib().saturating_sub(before);
             println!("a11 {case}: upload stopped at {} KiB, the proxy holds {held} KiB", stopped >> 10);
             assert!(stopped < SOCKETS && held < HELD_KIB, "{case}: {stopped} bytes, {held} KiB");
             open.notify_one();
@@ -525,10 +525,10 @@ async fn a11_what_nobody_reads_is_not_taken_in() {
             // What the first one makes the allocator keep is there before the others are counted.
             let answer = download().await;
             settled(&made).await;
-            let before = sidecar.pss_kib();
+            let before = sidecar.anonymous_kib();
             let others = [download().await, download().await, download().await, download().await];
             let stopped = settled(&made).await / 5;
-            let held = sidecar.pss_kib().saturating_sub(before) / 4;
+            let held = sidecar.anonymous_kib().saturating_sub(before) / 4;
             println!(
                 "a11 {case}: downloads stopped at {} KiB, the proxy holds {held} KiB of each",
                 stopped >> 10
@@ -557,7 +557,7 @@ async fn a11_a_hundred_streams_to_an_upstream_that_stops_reading_cost_a_bounded_
             assert_eq!(client.send("h2", Request::post("/"), nothing()).await.status(), 200);
             clients.push(client);
         }
-        let before = sidecar.pss_kib();
+        let before = sidecar.anonymous_kib();
         let sent = Arc::<AtomicUsize>::default();
         let (requests, mut uploads) = (up.requests().len(), tokio::task::JoinSet::new());
         for mut client in clients {
@@ -581,7 +581,7 @@ async fn a11_a_hundred_streams_to_an_upstream_that_stops_reading_cost_a_bounded_
         }
         until("a hundred streams", async || up.requests().len() == requests + STREAMS).await;
         settled(&sent).await;
-        let held = sidecar.pss_kib().saturating_sub(before) / STREAMS as u64;
+        let held = sidecar.anonymous_kib().saturating_sub(before) / STREAMS as u64;
         println!(
             "a11 {down:?}: the proxy holds {held} KiB of each of {STREAMS} streams (goal {HELD_OF_A_STREAM_KIB})"
         );

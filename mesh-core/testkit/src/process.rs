@@ -93,6 +93,15 @@ impl Process {
         line.and_then(|line| line.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
     }
 
+    /// Its memory that is no file's, in KiB; 0 when it cannot be read. Unlike [`pss_kib`](Self::pss_kib) it does not change
+    /// when another process of the same binary comes or goes.
+    #[must_use]
+    pub fn anonymous_kib(&self) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        line.and_then(|line| line.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
+    }
+
     /// What it wrote to its standard error so far.
     ///
     /// # Panics

@@ -15,7 +15,8 @@
 //! fails at the most, after all that was seen of it (Chernoff's bound at `alpha`), or against what is tolerated, if that
 //! is more. A rollback without reason is there as unlikely once more.
 //!
-//! **Latency** is the mean of the requests that succeeded. A canary above the bound does not pass its step. It is
+//! **Latency** is the mean of the requests that succeeded. A canary above the bound does not pass its step, nor does one
+//! of which too little is known while there is a stable version to compare with. It is
 //! rolled back when it is above for sure: by more than chance explains, at whatever moment one looks. The margin is that
 //! of an asymptotic confidence sequence (Waudby-Smith and others, *Time-uniform central limit theory*), at `alpha` in
 //! each step, tightest near `min_requests`.
@@ -223,13 +224,13 @@ impl Controller {
             return None;
         }
         let latency = self.compare_latency();
-        if let Some(Slower { factor, certain: true }) = latency {
+        if let Latency::Slower { factor, certain: true } = latency {
             return Some(self.decide(Phase::RolledBack, Cause::Latency(factor), now));
         }
         let enough = -self.policy.beta.ln();
         let late = now.saturating_duration_since(self.since) >= self.policy.min_duration;
         let good = self.no_worse >= enough || self.tolerable >= enough;
-        (late && good && latency.is_none()).then(|| {
+        (late && good && matches!(latency, Latency::Fine)).then(|| {
             let last = self.step + 1 >= self.policy.steps.len();
             self.step += usize::from(!last);
             self.decide(if last { Phase::Promoted } else { Phase::Running }, Cause::Passed, now)
@@ -256,22 +257,29 @@ impl Controller {
             + canary.successes as f64 * ((1.0 - good) / (1.0 - tolerated)).ln();
     }
 
-    /// By how much the canary takes longer than it may; `None` when it does not, or too little is known.
-    fn compare_latency(&self) -> Option<Slower> {
+    /// Whether the canary takes longer than it may. Of a stable version that has few requests in a step, those of the
+    /// steps before count too; one that never had any is nothing to compare with.
+    fn compare_latency(&self) -> Latency {
         let CanaryPolicy { alpha, min_requests, latency_factor: most, .. } = self.policy;
-        let (canary, stable) = (self.canary, if self.share() == 100 { self.before } else { self.stable });
+        let (canary, mut stable) = (self.canary, self.stable);
+        if stable.successes < min_requests.max(1) {
+            stable.add(self.before);
+        }
+        if stable.requests() == 0 {
+            return Latency::Fine;
+        }
         if canary.successes.min(stable.successes) < min_requests.max(1) {
-            return None;
+            return Latency::Unknown;
         }
         let ((ours, our_error), (theirs, their_error)) = (canary.mean(), stable.mean());
         let above = ours - most * theirs;
         if theirs <= 0.0 || above <= 0.0 {
-            return None;
+            return Latency::Fine;
         }
         let scaled = 12.0 * canary.successes as f64 / min_requests.max(1) as f64;
         let margin = (2.0 * (1.0 + 1.0 / scaled) * ((1.0 + scaled).sqrt() / alpha).ln()).sqrt();
         let certain = above > margin * (our_error + most * most * their_error).sqrt();
-        Some(Slower { factor: ours / theirs, certain })
+        Latency::Slower { factor: ours / theirs, certain }
     }
 
     fn decide(&mut self, phase: Phase, cause: Cause, now: Instant) -> Event {
@@ -283,12 +291,19 @@ impl Controller {
     }
 }
 
-/// The canary takes so many times as long as the stable version, which is more than it may.
+/// How long the canary takes.
 #[derive(Clone, Copy, Debug)]
-struct Slower {
-    factor: f64,
-    /// By more than chance explains.
-    certain: bool,
+enum Latency {
+    /// No longer than it may, or there is nothing to compare with.
+    Fine,
+    /// Too little is known of one of the two.
+    Unknown,
+    /// So many times as long as the stable version, which is more than it may.
+    Slower {
+        factor: f64,
+        /// By more than chance explains.
+        certain: bool,
+    },
 }
 
 impl Measured {
@@ -562,6 +577,35 @@ mod tests {
         assert!((of(0, 100) - (1.0 - 0.01_f64.powf(0.01))).abs() < 1e-6);
         assert!(of(10, 1000) > 0.0175 && of(10, 1000) < 0.025, "{}", of(10, 1000));
         assert!(of(5, 5) > 0.999);
+    }
+
+    #[test]
+    fn bug_a_slow_canary_was_promoted_while_too_little_was_known_of_the_stable_version() {
+        let policy = CanaryPolicy { steps: vec![90, 100], ..CanaryPolicy::default() };
+        let mut now = mesh_core::clock::now();
+        let mut controller = Controller::new(policy, now);
+        let each = |requests: u64, millis: u64| {
+            let latency = Duration::from_millis(millis);
+            let mut measured = Measured { successes: requests, ..Measured::default() };
+            measured.latency = latency * u32::try_from(requests).unwrap();
+            measured.latency_squares = requests as f64 * latency.as_secs_f64() * latency.as_secs_f64();
+            measured
+        };
+        // In ten minutes the stable version has sixty requests, fewer than decide anything.
+        for _ in 0..60 {
+            now += Duration::from_secs(10);
+            assert_eq!(controller.observe(each(90, 1000), each(1, 10), now), None);
+        }
+        let mut last = None;
+        for _ in 0..60 {
+            now += Duration::from_secs(10);
+            last = last.or(controller.observe(each(90, 1000), each(1, 10), now));
+        }
+        assert!(
+            matches!(last, Some(Event { cause: Cause::Latency(factor), .. }) if factor > 50.0),
+            "{last:?}"
+        );
+        assert_eq!((controller.phase(), controller.share()), (Phase::RolledBack, 0));
     }
 
     #[test]
