@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser};
 use mesh_core::Compat;
 use mesh_core::config::{CompileContext, Role, Workload};
+use mesh_core::vendor::Prefix;
 
 /// Where the outbound listener binds when it is not told.
 pub const OUTBOUND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15001);
@@ -123,6 +124,11 @@ pub struct Common {
     /// Which Istio's semantics, where they changed: current or 1.1
     #[arg(long, value_name = "VERSION", default_value_t)]
     pub compat: Compat,
+
+    /// What the headers of the proxies begin with in the place of x-envoy, as Envoy's bootstrap says it; the same for all
+    /// proxies of a mesh
+    #[arg(long, value_name = "PREFIX", default_value_t)]
+    pub header_prefix: Prefix,
 
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]

@@ -16,7 +16,7 @@ use mesh_core::server::{
     BindError, DrainTimes, Drained, ListenerProtocol, ListenerSpec, Server, ServerLimits, WithTls, serve_here,
 };
 use mesh_core::watch::VANISHED;
-use mesh_core::{ClusterName, Direction, GatewayListener, Panics, Slot};
+use mesh_core::{ClusterName, Direction, GatewayListener, Panics, Slot, vendor};
 use mesh_route::discover::{Discoverer, SystemResolver};
 use mesh_route::{
     Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, RouteBuilder, RouteTable, Shard, TcpRouteTable,
@@ -55,6 +55,9 @@ impl Failure {
 /// Runs the sidecar to its end.
 #[must_use]
 pub fn sidecar(args: Sidecar) -> ExitCode {
+    if let Err(error) = vendor::set(&args.common.header_prefix) {
+        return finish(Err(Failure::other(error)));
+    }
     if let Some(scenario) = &args.common.simulate {
         return finish(run_simulation(&args.common, Role::Sidecar, scenario));
     }
@@ -64,6 +67,9 @@ pub fn sidecar(args: Sidecar) -> ExitCode {
 /// Runs the gateway to its end.
 #[must_use]
 pub fn gateway(args: Gateway) -> ExitCode {
+    if let Err(error) = vendor::set(&args.common.header_prefix) {
+        return finish(Err(Failure::other(error)));
+    }
     if let Some(scenario) = &args.common.simulate {
         return finish(run_simulation(&args.common, Role::Gateway, scenario));
     }
@@ -426,6 +432,7 @@ impl Proxy {
                 "service_account": workload.service_account,
                 "labels": workload.labels,
                 "compat": self.common.compat.as_str(),
+                "header_prefix": self.common.header_prefix.to_string(),
                 "workers": self.common.worker_count(),
             }),
             canaries: self.control.canaries().clone(),

@@ -5,17 +5,14 @@ use std::net::IpAddr;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::conn::{ConnInfo, Direction};
+use crate::vendor;
 
 /// `x-request-id`.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// `x-forwarded-for`.
 pub const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-const EXTERNAL_ADDRESS: HeaderName = HeaderName::from_static("x-envoy-external-address");
 const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
-
-/// Headers by which proxies of the mesh speak to each other begin so; from outside nobody is believed.
-const INTERNAL: [&str; 2] = ["x-envoy-", "x-istio-attributes"];
 
 /// Makes the headers of a request say what the edge knows.
 ///
@@ -25,7 +22,7 @@ const INTERNAL: [&str; 2] = ["x-envoy-", "x-istio-attributes"];
 ///   absent.
 /// * At a gateway: what only the mesh may say goes, the [mark of a copy](crate::mirrored) is not believed, the peer is
 ///   appended to `x-forwarded-for`, and the client's
-///   address, `trusted_proxies` hops away, stands in `x-envoy-external-address`. Without trusted proxies
+///   address, `trusted_proxies` hops away, stands in `x-envoy-external-address`, or what the [prefix](crate::vendor) makes of it. Without trusted proxies
 ///   `x-forwarded-proto` is not believed either.
 pub fn apply(
     headers: &mut HeaderMap,
@@ -36,15 +33,12 @@ pub fn apply(
     client_cert(headers, conn);
     let gateway = conn.direction == Direction::Gateway;
     if gateway {
-        let is_internal = |name: &&HeaderName| INTERNAL.iter().any(|known| name.as_str().starts_with(known));
-        let internal: Vec<_> = headers.keys().filter(is_internal).cloned().collect();
-        for name in internal {
-            headers.remove(name);
-        }
+        let names = vendor::names();
+        names.distrust(headers);
         crate::mirrored::distrust(headers);
         let client = client_address(headers, conn, trusted_proxies);
         if let Ok(address) = HeaderValue::try_from(client.to_string()) {
-            headers.insert(EXTERNAL_ADDRESS, address);
+            headers.insert(&names.external_address, address);
         }
         append_peer(headers, conn);
         if trusted_proxies == 0 {
@@ -157,11 +151,11 @@ mod tests {
         let said = [("x-forwarded-for", "56.5.6.7, 72.9.5.6, 98.1.2.3")];
         let gateway = applied(Direction::Gateway, 2, &said);
         assert_eq!(gateway[FORWARDED_FOR], "56.5.6.7, 72.9.5.6, 98.1.2.3,10.1.1.1");
-        assert_eq!(gateway[EXTERNAL_ADDRESS], "72.9.5.6");
-        assert_eq!(applied(Direction::Gateway, 4, &said)[EXTERNAL_ADDRESS], "10.1.1.1");
+        assert_eq!(gateway["x-envoy-external-address"], "72.9.5.6");
+        assert_eq!(applied(Direction::Gateway, 4, &said)["x-envoy-external-address"], "10.1.1.1");
         let sidecar = applied(Direction::Inbound, 0, &said);
         assert_eq!(sidecar[FORWARDED_FOR], "56.5.6.7, 72.9.5.6, 98.1.2.3");
-        assert!(!sidecar.contains_key(EXTERNAL_ADDRESS));
+        assert!(!sidecar.contains_key("x-envoy-external-address"));
     }
 
     #[test]
@@ -179,7 +173,7 @@ mod tests {
         );
         assert!(!gateway.contains_key("x-istio-attributes"));
         assert_eq!(
-            (&gateway[EXTERNAL_ADDRESS], &gateway[FORWARDED_PROTO]),
+            (&gateway["x-envoy-external-address"], &gateway[FORWARDED_PROTO]),
             (&HeaderValue::from_static("10.1.1.1"), &HeaderValue::from_static("http"))
         );
         assert_eq!(applied(Direction::Gateway, 1, &said)[FORWARDED_PROTO], "https");

@@ -32,6 +32,7 @@ pub mod server;
 mod snapshot;
 pub mod sniff;
 mod upstream;
+pub mod vendor;
 #[cfg(feature = "watch")]
 pub mod watch;
 

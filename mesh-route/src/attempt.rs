@@ -19,14 +19,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{HOST, TRANSFER_ENCODING};
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version};
+use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
 use http_body::{Body as _, Frame};
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use mesh_core::{
-    Body, BodyHook, EndOfBody, Error, ErrorKind, RequestContext, ResponseFlags, Side, UpstreamInfo,
+    Body, BodyHook, EndOfBody, Error, ErrorKind, RequestContext, ResponseFlags, Side, UpstreamInfo, vendor,
 };
 use pin_project::pin_project;
 
@@ -43,9 +43,6 @@ use crate::retry::RetryPolicy;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
 use crate::timeout::{self, Deadline, Idle, Limits};
-
-const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
-pub(crate) const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
 /// How often an unsent request is put on another connection. Idle connections may all have died together, so the
 /// last try is always on a new one.
@@ -168,7 +165,7 @@ impl<'a> Attempt<'a> {
         let started = mesh_core::clock::now();
         let number = self.cx.count_attempt();
         let count = if number == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(number) };
-        request.headers_mut().insert(ATTEMPT_COUNT, count);
+        request.headers_mut().insert(&vendor::names().attempt_count, count);
         if let Some(fault) = self.fault {
             Box::pin(self.inject(fault, limits)).await?;
         }
@@ -391,7 +388,8 @@ impl<'a> Attempt<'a> {
             tokio::spawn(tunnel(downstream, upstream, books, self.cx.clone()));
             return Ok(response.map(|_| Body::empty()));
         }
-        response.headers_mut().insert(SERVICE_TIME, HeaderValue::from(took.as_millis() as u64));
+        let took = HeaderValue::from(took.as_millis() as u64);
+        response.headers_mut().insert(&vendor::names().upstream_service_time, took);
         // Over HTTP/2 an upstream can send a body where there is none; HTTP/1.1 would read it as the next answer.
         let bodiless = matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
         Ok(response.map(|incoming| {

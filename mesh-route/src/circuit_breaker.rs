@@ -12,17 +12,14 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode};
+use http::{HeaderValue, Request, Response, StatusCode};
 use http_body::Body as HttpBody;
-use mesh_core::{Body, BodyHook, BoxError, EndOfBody, Error, ErrorKind, ResponseFlags};
+use mesh_core::{Body, BodyHook, BoxError, EndOfBody, Error, ErrorKind, ResponseFlags, vendor};
 use pin_project::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
 use crate::permit::Permit;
-
-/// Says in a reply that a limit of ours refused the request.
-const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
 
 /// A limit refuses the request: 503 `UO`.
 pub(crate) fn overflow() -> Error {
@@ -32,7 +29,7 @@ pub(crate) fn overflow() -> Error {
         ResponseFlags::UPSTREAM_OVERFLOW,
         "upstream_reset_before_response_started{overflow}",
     )
-    .with_header(OVERLOADED, HeaderValue::from_static("true"))
+    .with_header(vendor::names().overloaded.clone(), HeaderValue::from_static("true"))
     .with_body("upstream connect error or disconnect/reset before headers. reset reason: overflow")
 }
 

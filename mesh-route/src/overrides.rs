@@ -6,18 +6,9 @@
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName};
+use mesh_core::vendor;
 
 use crate::retry::{RetryOn, RetryPolicy};
-
-const TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-upstream-rq-timeout-ms");
-const PER_TRY: HeaderName = HeaderName::from_static("x-envoy-upstream-rq-per-try-timeout-ms");
-const MAX_RETRIES: HeaderName = HeaderName::from_static("x-envoy-max-retries");
-/// Lists of conditions: words, gRPC words, status codes.
-const RETRY_ON: [HeaderName; 3] = [
-    HeaderName::from_static("x-envoy-retry-on"),
-    HeaderName::from_static("x-envoy-retry-grpc-on"),
-    HeaderName::from_static("x-envoy-retriable-status-codes"),
-];
 
 /// What the headers of one request say.
 #[derive(Debug, Default, PartialEq)]
@@ -32,12 +23,14 @@ pub(crate) struct Overrides {
 impl Overrides {
     /// Takes the headers out; `None` when there is none. A value that cannot be read says nothing.
     pub(crate) fn take(headers: &mut HeaderMap) -> Option<Box<Self>> {
+        let names = vendor::names();
         let mut said = Self::default();
         let millis = |text: String| text.parse().ok().map(Duration::from_millis);
-        said.timeout = remove(headers, &TIMEOUT).and_then(millis);
-        said.per_try = remove(headers, &PER_TRY).and_then(millis);
-        said.attempts = remove(headers, &MAX_RETRIES).and_then(|text| text.parse().ok());
-        for name in &RETRY_ON {
+        said.timeout = remove(headers, &names.upstream_rq_timeout_ms).and_then(millis);
+        said.per_try = remove(headers, &names.upstream_rq_per_try_timeout_ms).and_then(millis);
+        said.attempts = remove(headers, &names.max_retries).and_then(|text| text.parse().ok());
+        // Lists of conditions: words, gRPC words, status codes.
+        for name in [&names.retry_on, &names.retry_grpc_on, &names.retriable_status_codes] {
             // One word that nobody knows does not take the others away.
             let words = remove(headers, name).unwrap_or_default();
             for on in words

@@ -1,13 +1,10 @@
 //! Rewriting path and authority before a request is forwarded (VS-W01, VS-W02, VS-W03).
 
 use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, Request, StatusCode, Uri};
+use http::{HeaderValue, Request, StatusCode, Uri};
 use mesh_core::matcher::compile_re2;
-use mesh_core::{Error, ResponseFlags};
+use mesh_core::{Error, ResponseFlags, vendor};
 use regex::Regex;
-
-/// The header that keeps the path before it was rewritten.
-const ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
 
 /// What is changed in path and authority. The default changes nothing.
 #[derive(Clone, Debug, Default)]
@@ -112,7 +109,7 @@ impl Rewrite {
         }
         let original = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
         if let Ok(original) = HeaderValue::from_str(original) {
-            request.headers_mut().insert(ORIGINAL_PATH, original);
+            request.headers_mut().insert(&vendor::names().original_path, original);
         }
         let mut uri = std::mem::take(request.uri_mut()).into_parts();
         uri.path_and_query = Some(PathAndQuery::try_from(target).map_err(invalid)?);
@@ -133,7 +130,8 @@ mod tests {
     fn rewritten(path: PathRewrite, uri: &str) -> (String, Option<String>) {
         let mut request = Request::get(uri).body(()).unwrap();
         Rewrite { path, authority: None }.apply_path(&mut request).unwrap();
-        let original = request.headers().get(ORIGINAL_PATH).map(|value| value.to_str().unwrap().to_owned());
+        let original =
+            request.headers().get("x-envoy-original-path").map(|value| value.to_str().unwrap().to_owned());
         (request.uri().to_string(), original)
     }
 

@@ -20,7 +20,7 @@ mod timers;
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use mesh_core::{Error, ErrorKind, RequestContext, ResponseFlags};
+use mesh_core::{Error, ErrorKind, RequestContext, ResponseFlags, vendor};
 
 pub(crate) use self::deadline::{Deadline, bound};
 pub(crate) use self::idle::Idle;
@@ -31,7 +31,6 @@ pub(crate) use self::timers::Timers;
 use crate::overrides::Overrides;
 use crate::route::Forward;
 
-const EXPECTED: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// How long a request may take, by its route and its client; `None` is no limit.
@@ -94,7 +93,7 @@ impl Timeouts {
         let left = self.route.map(|route| route.saturating_sub(Duration::from_millis(gone)));
         let left = left.map(|left| left.max(Duration::from_millis(1)));
         let Some(left) = [left, self.per_try].into_iter().flatten().min() else { return };
-        headers.insert(EXPECTED, millis(left.as_millis() as u64));
+        headers.insert(&vendor::names().expected_rq_timeout_ms, millis(left.as_millis() as u64));
         if grpc && let Ok(value) = HeaderValue::try_from(to_grpc_timeout(left)) {
             headers.insert(GRPC_TIMEOUT, value);
         }

@@ -3,39 +3,36 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
+use mesh_core::vendor;
 
 use super::{Abort, AbortKind, Delay, grpc_abort, http_abort};
 use crate::percentage::Percentage;
 
-const DELAY: &str = "x-envoy-fault-delay-request";
-const DELAY_PERCENTAGE: &str = "x-envoy-fault-delay-request-percentage";
-const ABORT: &str = "x-envoy-fault-abort-request";
-const ABORT_GRPC: &str = "x-envoy-fault-abort-grpc-request";
-const ABORT_PERCENTAGE: &str = "x-envoy-fault-abort-request-percentage";
-
 /// The delay that these headers order.
 pub(super) fn delay(headers: &HeaderMap) -> Option<Delay> {
-    let duration = Duration::from_millis(number(headers, DELAY)?);
-    Some(Delay { duration, percentage: percentage(headers, DELAY_PERCENTAGE) })
+    let names = vendor::names();
+    let duration = Duration::from_millis(number(headers, &names.fault_delay_request)?);
+    Some(Delay { duration, percentage: percentage(headers, &names.fault_delay_request_percentage) })
 }
 
 /// The abort that these headers order.
 pub(super) fn abort(headers: &HeaderMap) -> Option<Abort> {
-    let http = || -> Option<AbortKind> { number(headers, ABORT).and_then(http_abort) };
-    let grpc = || number(headers, ABORT_GRPC).and_then(grpc_abort);
+    let names = vendor::names();
+    let http = || -> Option<AbortKind> { number(headers, &names.fault_abort_request).and_then(http_abort) };
+    let grpc = || number(headers, &names.fault_abort_grpc_request).and_then(grpc_abort);
     let kind = http().or_else(grpc)?;
-    Some(Abort { kind, percentage: percentage(headers, ABORT_PERCENTAGE) })
+    Some(Abort { kind, percentage: percentage(headers, &names.fault_abort_request_percentage) })
 }
 
-fn percentage(headers: &HeaderMap, name: &str) -> Percentage {
+fn percentage(headers: &HeaderMap, name: &HeaderName) -> Percentage {
     number(headers, name).map_or(Percentage::ALWAYS, |percent: u32| {
         Percentage::from_millionths(percent.saturating_mul(10_000))
     })
 }
 
 /// The first value of a header, as Envoy takes it.
-fn number<T: FromStr>(headers: &HeaderMap, name: &str) -> Option<T> {
+fn number<T: FromStr>(headers: &HeaderMap, name: &HeaderName) -> Option<T> {
     headers.get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
@@ -44,6 +41,12 @@ mod tests {
     use http::HeaderValue;
 
     use super::*;
+
+    const DELAY: &str = "x-envoy-fault-delay-request";
+    const DELAY_PERCENTAGE: &str = "x-envoy-fault-delay-request-percentage";
+    const ABORT: &str = "x-envoy-fault-abort-request";
+    const ABORT_GRPC: &str = "x-envoy-fault-abort-grpc-request";
+    const ABORT_PERCENTAGE: &str = "x-envoy-fault-abort-request-percentage";
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
         pairs.iter().map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_static(value))).collect()

@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http::{Extensions, HeaderValue, Request, Response};
 use http_body::{Body as HttpBody, Frame};
-use mesh_core::{Body, BodyHook, BoxError, EndOfBody, Error, RequestContext, ResponseFlags};
+use mesh_core::{Body, BodyHook, BoxError, EndOfBody, Error, RequestContext, ResponseFlags, vendor};
 use pin_project::pin_project;
 use tokio::time::Sleep;
 use tower_layer::Layer;
@@ -23,7 +23,7 @@ use tower_service::Service;
 use super::lent::Lender;
 use super::state::Counted;
 use super::{Outcome, Replay, RetryClass, RetryPolicy, RetryState, after_retries, is_idempotent};
-use crate::attempt::{ATTEMPT_COUNT, DISCARDED_FRAMES};
+use crate::attempt::DISCARDED_FRAMES;
 use crate::draws::Draws;
 use crate::grpc;
 use crate::timeout::{Deadline, Limits, Timers};
@@ -202,7 +202,7 @@ where
 
 fn count<B>(request: &mut Request<B>, number: u32) {
     let number = if number == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(number) };
-    request.headers_mut().insert(ATTEMPT_COUNT, number);
+    request.headers_mut().insert(&vendor::names().attempt_count, number);
 }
 
 /// What is kept of a request that may be tried again.

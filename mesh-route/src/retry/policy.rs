@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, Method, StatusCode};
-use mesh_core::ErrorKind;
+use mesh_core::{ErrorKind, vendor};
 
 use super::backoff::Backoff;
 
@@ -172,7 +172,7 @@ impl RetryOn {
     }
 
     fn holds_for_response(&self, status: StatusCode, headers: &HeaderMap, grpc: Option<u16>) -> bool {
-        if headers.contains_key("x-envoy-ratelimited") {
+        if headers.contains_key(&vendor::names().ratelimited) {
             return self.has(RATELIMITED);
         }
         let code = status.as_u16();

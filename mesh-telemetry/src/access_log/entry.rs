@@ -5,11 +5,10 @@ use std::time::{Duration, SystemTime};
 
 use http::header::{HOST, USER_AGENT};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
-use mesh_core::RequestContext;
+use mesh_core::{RequestContext, vendor};
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const UPSTREAM_SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 
 /// What the client sent, and when.
 #[derive(Debug)]
@@ -45,7 +44,7 @@ impl Entry {
 
     pub(super) fn responded(&mut self, status: u16, headers: &HeaderMap) {
         self.status = status;
-        self.service_time = headers.get(UPSTREAM_SERVICE_TIME).cloned();
+        self.service_time = headers.get(&vendor::names().upstream_service_time).cloned();
     }
 
     /// The line, with its end of line. What the edge normalised or made (path, authority, request id, forwarded

@@ -7,6 +7,10 @@
 //!
 //! A connection that is not HTTP has a line too ([`AccessLogSink::connection`]), when it has ended.
 //!
+//! Where Istio's format asks for `X-ENVOY-UPSTREAM-SERVICE-TIME` or `X-ENVOY-ORIGINAL-PATH`, the line says what was meant
+//! with any [prefix](mesh_core::vendor) of those headers. Envoy looks for the very name, so that with another prefix it
+//! says `-` for the one and the rewritten path for the other.
+//!
 //! Telemetry fails open. A line goes into a bounded queue; when the sink cannot keep up, lines are dropped and
 //! counted, and no request waits.
 
