@@ -33,12 +33,11 @@ pub fn apply(
     client_cert(headers, conn);
     let gateway = conn.direction == Direction::Gateway;
     if gateway {
-        let names = vendor::names();
-        names.distrust(headers);
+        vendor::distrust(headers);
         crate::mirrored::distrust(headers);
         let client = client_address(headers, conn, trusted_proxies);
         if let Ok(address) = HeaderValue::try_from(client.to_string()) {
-            headers.insert(&names.external_address, address);
+            vendor::EXTERNAL_ADDRESS.insert(headers, address);
         }
         append_peer(headers, conn);
         if trusted_proxies == 0 {

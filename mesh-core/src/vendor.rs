@@ -1,10 +1,12 @@
 //! The headers by which proxies speak to each other, and the prefix of their names (VS-X01).
 //!
 //! Envoy names them `x-envoy-…`, and its bootstrap lets another vendor's prefix stand there (`header_prefix`). So here:
-//! the prefix is the process's. It is chosen once, by [`set`], before anything has asked for [`names`]; from then on it
-//! cannot change, so that reading it takes no lock and what one layer writes another one finds. Every name is made when
-//! the process begins and points to memory that stays, so that a copy of it neither allocates nor counts references,
-//! whatever the prefix.
+//! the prefix is the process's. It is chosen once, by [`set`], before any of the headers is used; from then on it cannot
+//! change, so that reading it takes no lock and what one layer writes another one finds.
+//!
+//! With `x-envoy` a [`Header`] uses a constant, whose hash the compiler computes: looking one up by a name of which that
+//! is not known costs several ns more. Names with another prefix are made when it is chosen, and point to memory that
+//! stays, so that a copy neither allocates nor counts references.
 //!
 //! The prefix stands in what the proxy itself writes, believes and removes. What a configuration writes, as in
 //! `headers.response.remove` or `%REQ(…)%`, is the name that is meant, with any prefix. All proxies of a mesh want the
@@ -15,7 +17,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 /// The longest prefix, in bytes.
 const LONGEST: usize = 64;
@@ -44,7 +46,8 @@ const OTHERS: [&str; 17] = [
 /// From outside of the mesh nobody is believed what begins so, whatever the prefix.
 const INTERNAL: [&str; 2] = ["x-envoy-", "x-istio-attributes"];
 
-static NAMES: OnceLock<Names> = OnceLock::new();
+/// `None` is `x-envoy`.
+static OTHER: OnceLock<Option<Names>> = OnceLock::new();
 
 /// What the names begin with, without the dash that follows; by default `x-envoy`.
 ///
@@ -101,7 +104,7 @@ pub enum InvalidPrefix {
     Covers(&'static str),
 }
 
-/// The prefix has been chosen before, or the names have been used already.
+/// The prefix has been chosen before, or a header has been used already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the prefix of the headers is chosen once, before any is used")]
 pub struct InUse;
@@ -109,105 +112,147 @@ pub struct InUse;
 /// Chooses the prefix of this process.
 ///
 /// # Errors
-/// When it was chosen before, or [`names`] was asked for, which every layer does: then it is `x-envoy` for good.
+/// When it was chosen before, or any [`Header`] was used, which every layer does: then it is `x-envoy` for good.
 pub fn set(prefix: &Prefix) -> Result<(), InUse> {
-    NAMES.set(Names::new(prefix)).map_err(|_| InUse)
+    let other = (*prefix != Prefix::default()).then(|| Names::new(prefix));
+    OTHER.set(other).map_err(|_| InUse)
 }
 
-/// The names with the prefix of this process.
 #[inline]
-#[must_use]
-pub fn names() -> &'static Names {
-    NAMES.get_or_init(Names::default)
+fn other() -> Option<&'static Names> {
+    OTHER.get_or_init(|| None).as_ref()
 }
 
-macro_rules! names {
-    ($($(#[$doc:meta])* $field:ident: $suffix:literal,)*) => {
-        /// The names of the headers, which Envoy documents as those of its router and its fault filter.
-        #[derive(Clone, Debug)]
-        #[non_exhaustive]
-        pub struct Names {
-            $($(#[$doc])* #[doc = concat!("\n\n`x-envoy-", $suffix, "`")] pub $field: HeaderName,)*
-            /// Another prefix than `x-envoy`.
-            other: Option<Prefix>,
-        }
+/// A header of the proxies, under the name that the prefix of this process makes.
+#[derive(Clone, Debug)]
+pub struct Header {
+    envoy: HeaderName,
+    other: fn(&Names) -> &HeaderName,
+}
 
-        /// With `x-envoy`.
-        impl Default for Names {
-            fn default() -> Self {
-                Self {
-                    $($field: HeaderName::from_static(concat!("x-envoy-", $suffix)),)*
-                    other: None,
-                }
-            }
+impl Header {
+    /// Its name.
+    #[inline]
+    #[must_use]
+    pub fn name(self) -> HeaderName {
+        match other() {
+            None => self.envoy,
+            Some(names) => (self.other)(names).clone(),
+        }
+    }
+
+    /// Its first value.
+    #[inline]
+    #[must_use]
+    pub fn get(self, headers: &HeaderMap) -> Option<&HeaderValue> {
+        match other() {
+            None => headers.get(self.envoy),
+            Some(names) => headers.get((self.other)(names)),
+        }
+    }
+
+    /// Puts this value in the place of those that it has.
+    #[inline]
+    pub fn insert(self, headers: &mut HeaderMap, value: HeaderValue) {
+        match other() {
+            None => headers.insert(self.envoy, value),
+            Some(names) => headers.insert((self.other)(names), value),
+        };
+    }
+
+    /// Removes it; its first value.
+    #[inline]
+    pub fn remove(self, headers: &mut HeaderMap) -> Option<HeaderValue> {
+        match other() {
+            None => headers.remove(self.envoy),
+            Some(names) => headers.remove((self.other)(names)),
+        }
+    }
+}
+
+macro_rules! headers {
+    ($($(#[$doc:meta])* $header:ident $field:ident: $suffix:literal,)*) => {
+        $(
+            $(#[$doc])*
+            #[doc = concat!("\n\n`x-envoy-", $suffix, "`")]
+            pub const $header: Header = Header {
+                envoy: HeaderName::from_static(concat!("x-envoy-", $suffix)),
+                other: |names| &names.$field,
+            };
+        )*
+
+        /// The names with another prefix than `x-envoy`.
+        #[derive(Debug)]
+        struct Names {
+            prefix: Prefix,
+            $($field: HeaderName,)*
         }
 
         impl Names {
             fn new(prefix: &Prefix) -> Self {
-                if *prefix == Prefix::default() {
-                    return Self::default();
-                }
-                Self {
-                    $($field: name(prefix, $suffix),)*
-                    other: Some(prefix.clone()),
-                }
+                Self { prefix: prefix.clone(), $($field: name(prefix, $suffix),)* }
             }
+        }
+
+        #[cfg(test)]
+        fn all() -> Vec<Header> {
+            vec![$($header),*]
         }
     };
 }
 
-names! {
+headers! {
     /// To the upstream: which try it is, from 1.
-    attempt_count: "attempt-count",
+    ATTEMPT_COUNT attempt_count: "attempt-count",
     /// To the upstream: the milliseconds that it has.
-    expected_rq_timeout_ms: "expected-rq-timeout-ms",
+    EXPECTED_RQ_TIMEOUT_MS expected_rq_timeout_ms: "expected-rq-timeout-ms",
     /// To the upstream, from a gateway: the address of the client.
-    external_address: "external-address",
+    EXTERNAL_ADDRESS external_address: "external-address",
     /// From a client that may order faults: the status of an abort in gRPC.
-    fault_abort_grpc_request: "fault-abort-grpc-request",
+    FAULT_ABORT_GRPC_REQUEST fault_abort_grpc_request: "fault-abort-grpc-request",
     /// From a client that may order faults: the status of an abort in HTTP.
-    fault_abort_request: "fault-abort-request",
+    FAULT_ABORT_REQUEST fault_abort_request: "fault-abort-request",
     /// From a client that may order faults: how many percent are aborted.
-    fault_abort_request_percentage: "fault-abort-request-percentage",
+    FAULT_ABORT_REQUEST_PERCENTAGE fault_abort_request_percentage: "fault-abort-request-percentage",
     /// From a client that may order faults: the milliseconds of a delay.
-    fault_delay_request: "fault-delay-request",
+    FAULT_DELAY_REQUEST fault_delay_request: "fault-delay-request",
     /// From a client that may order faults: how many percent are delayed.
-    fault_delay_request_percentage: "fault-delay-request-percentage",
+    FAULT_DELAY_REQUEST_PERCENTAGE fault_delay_request_percentage: "fault-delay-request-percentage",
     /// From a trusted client: how often to retry.
-    max_retries: "max-retries",
+    MAX_RETRIES max_retries: "max-retries",
     /// To the upstream: the path before it was rewritten.
-    original_path: "original-path",
+    ORIGINAL_PATH original_path: "original-path",
     /// To the client, in a reply of our own: a limit refused the request.
-    overloaded: "overloaded",
+    OVERLOADED overloaded: "overloaded",
     /// From the upstream: a limit of requests refused this one.
-    ratelimited: "ratelimited",
+    RATELIMITED ratelimited: "ratelimited",
     /// From a trusted client: which statuses are retried.
-    retriable_status_codes: "retriable-status-codes",
+    RETRIABLE_STATUS_CODES retriable_status_codes: "retriable-status-codes",
     /// From a trusted client: which statuses of gRPC are retried.
-    retry_grpc_on: "retry-grpc-on",
+    RETRY_GRPC_ON retry_grpc_on: "retry-grpc-on",
     /// From a trusted client: when to retry.
-    retry_on: "retry-on",
+    RETRY_ON retry_on: "retry-on",
     /// From a trusted client: the milliseconds of each try.
-    upstream_rq_per_try_timeout_ms: "upstream-rq-per-try-timeout-ms",
+    UPSTREAM_RQ_PER_TRY_TIMEOUT_MS upstream_rq_per_try_timeout_ms: "upstream-rq-per-try-timeout-ms",
     /// From a trusted client: the milliseconds of the request.
-    upstream_rq_timeout_ms: "upstream-rq-timeout-ms",
+    UPSTREAM_RQ_TIMEOUT_MS upstream_rq_timeout_ms: "upstream-rq-timeout-ms",
     /// To the client: the milliseconds that the upstream took.
-    upstream_service_time: "upstream-service-time",
+    UPSTREAM_SERVICE_TIME upstream_service_time: "upstream-service-time",
 }
 
-impl Names {
-    /// Removes what only the mesh may say.
-    pub(crate) fn distrust(&self, headers: &mut HeaderMap) {
-        let internal: Vec<_> =
-            headers.keys().filter(|name| self.is_internal(name.as_str())).cloned().collect();
-        for name in internal {
-            headers.remove(name);
-        }
-    }
+/// Removes what only the mesh may say.
+pub(crate) fn distrust(headers: &mut HeaderMap) {
+    distrust_with(other(), headers);
+}
 
-    fn is_internal(&self, name: &str) -> bool {
-        INTERNAL.iter().any(|known| name.starts_with(known))
-            || self.other.as_ref().is_some_and(|prefix| covers(&prefix.0, name))
+fn distrust_with(other: Option<&Names>, headers: &mut HeaderMap) {
+    let is_internal = |name: &&HeaderName| {
+        INTERNAL.iter().any(|known| name.as_str().starts_with(known))
+            || other.is_some_and(|names| covers(&names.prefix.0, name.as_str()))
+    };
+    let internal: Vec<_> = headers.keys().filter(is_internal).cloned().collect();
+    for name in internal {
+        headers.remove(name);
     }
 }
 
@@ -222,16 +267,14 @@ fn name(prefix: &Prefix, suffix: &str) -> HeaderName {
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
-
     use super::*;
 
-    fn left(names: &Names, said: &[&'static str]) -> Vec<String> {
+    fn left(other: Option<&Names>, said: &[&'static str]) -> Vec<String> {
         let mut headers: HeaderMap = said
             .iter()
             .map(|name| (HeaderName::from_static(name), HeaderValue::from_static("said")))
             .collect();
-        names.distrust(&mut headers);
+        distrust_with(other, &mut headers);
         let mut left: Vec<_> = headers.keys().map(ToString::to_string).collect();
         left.sort();
         left
@@ -255,27 +298,26 @@ mod tests {
 
     #[test]
     fn vs_x01_every_name_begins_with_the_prefix() {
-        let (envoy, acme) = (Names::default(), Names::new(&"X-Acme".parse().unwrap()));
-        assert_eq!(envoy.attempt_count, "x-envoy-attempt-count");
+        let acme = Names::new(&"X-Acme".parse().unwrap());
         assert_eq!(acme.attempt_count, "x-acme-attempt-count");
-        // With what is said of the other prefix, the names are all the text there is.
-        let text = |names: &Names| format!("{names:?}").split(", other:").next().unwrap().to_owned();
-        assert_eq!(text(&envoy).replace("x-envoy-", "x-acme-"), text(&acme));
-        assert_eq!(text(&Names::new(&Prefix::default())), text(&envoy));
+        for header in all() {
+            let suffix = header.envoy.as_str().strip_prefix("x-envoy-").unwrap();
+            assert_eq!((header.other)(&acme).as_str(), format!("x-acme-{suffix}"));
+        }
     }
 
     #[test]
     fn vs_x01_nobody_outside_is_believed() {
         let said = ["x-acme", "x-acme-retry-on", "x-acmes-own", "x-envoy-retry-on", "x-istio-attributes"];
-        assert_eq!(left(&Names::default(), &said), ["x-acme", "x-acme-retry-on", "x-acmes-own"]);
-        assert_eq!(left(&Names::new(&"x-acme".parse().unwrap()), &said), ["x-acme", "x-acmes-own"]);
+        assert_eq!(left(None, &said), ["x-acme", "x-acme-retry-on", "x-acmes-own"]);
+        assert_eq!(left(Some(&Names::new(&"x-acme".parse().unwrap())), &said), ["x-acme", "x-acmes-own"]);
     }
 
     #[test]
     fn vs_x01_names_that_are_used_stay() {
-        let overloaded = &names().overloaded;
+        assert_eq!(OVERLOADED.name(), "x-envoy-overloaded");
         assert_eq!(set(&"x-acme".parse().unwrap()), Err(InUse));
         assert_eq!(set(&Prefix::default()), Err(InUse));
-        assert_eq!((&names().overloaded, overloaded.as_str()), (overloaded, "x-envoy-overloaded"));
+        assert_eq!(OVERLOADED.name(), "x-envoy-overloaded");
     }
 }

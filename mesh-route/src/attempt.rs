@@ -165,7 +165,7 @@ impl<'a> Attempt<'a> {
         let started = mesh_core::clock::now();
         let number = self.cx.count_attempt();
         let count = if number == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(number) };
-        request.headers_mut().insert(&vendor::names().attempt_count, count);
+        vendor::ATTEMPT_COUNT.insert(request.headers_mut(), count);
         if let Some(fault) = self.fault {
             Box::pin(self.inject(fault, limits)).await?;
         }
@@ -389,7 +389,7 @@ impl<'a> Attempt<'a> {
             return Ok(response.map(|_| Body::empty()));
         }
         let took = HeaderValue::from(took.as_millis() as u64);
-        response.headers_mut().insert(&vendor::names().upstream_service_time, took);
+        vendor::UPSTREAM_SERVICE_TIME.insert(response.headers_mut(), took);
         // Over HTTP/2 an upstream can send a body where there is none; HTTP/1.1 would read it as the next answer.
         let bodiless = matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
         Ok(response.map(|incoming| {

@@ -29,7 +29,7 @@ pub(crate) fn overflow() -> Error {
         ResponseFlags::UPSTREAM_OVERFLOW,
         "upstream_reset_before_response_started{overflow}",
     )
-    .with_header(vendor::names().overloaded.clone(), HeaderValue::from_static("true"))
+    .with_header(vendor::OVERLOADED.name(), HeaderValue::from_static("true"))
     .with_body("upstream connect error or disconnect/reset before headers. reset reason: overflow")
 }
 

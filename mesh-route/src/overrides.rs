@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderName};
+use http::HeaderMap;
 use mesh_core::vendor;
 
 use crate::retry::{RetryOn, RetryPolicy};
@@ -23,16 +23,15 @@ pub(crate) struct Overrides {
 impl Overrides {
     /// Takes the headers out; `None` when there is none. A value that cannot be read says nothing.
     pub(crate) fn take(headers: &mut HeaderMap) -> Option<Box<Self>> {
-        let names = vendor::names();
         let mut said = Self::default();
         let millis = |text: String| text.parse().ok().map(Duration::from_millis);
-        said.timeout = remove(headers, &names.upstream_rq_timeout_ms).and_then(millis);
-        said.per_try = remove(headers, &names.upstream_rq_per_try_timeout_ms).and_then(millis);
-        said.attempts = remove(headers, &names.max_retries).and_then(|text| text.parse().ok());
+        said.timeout = remove(headers, vendor::UPSTREAM_RQ_TIMEOUT_MS).and_then(millis);
+        said.per_try = remove(headers, vendor::UPSTREAM_RQ_PER_TRY_TIMEOUT_MS).and_then(millis);
+        said.attempts = remove(headers, vendor::MAX_RETRIES).and_then(|text| text.parse().ok());
         // Lists of conditions: words, gRPC words, status codes.
-        for name in [&names.retry_on, &names.retry_grpc_on, &names.retriable_status_codes] {
+        for header in [vendor::RETRY_ON, vendor::RETRY_GRPC_ON, vendor::RETRIABLE_STATUS_CODES] {
             // One word that nobody knows does not take the others away.
-            let words = remove(headers, name).unwrap_or_default();
+            let words = remove(headers, header).unwrap_or_default();
             for on in words
                 .split(',')
                 .filter(|word| !word.trim().is_empty())
@@ -59,8 +58,8 @@ impl Overrides {
     }
 }
 
-fn remove(headers: &mut HeaderMap, name: &HeaderName) -> Option<String> {
-    headers.remove(name)?.to_str().ok().map(|text| text.trim().to_owned())
+fn remove(headers: &mut HeaderMap, header: vendor::Header) -> Option<String> {
+    header.remove(headers)?.to_str().ok().map(|text| text.trim().to_owned())
 }
 
 #[cfg(test)]

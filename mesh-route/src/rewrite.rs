@@ -109,7 +109,7 @@ impl Rewrite {
         }
         let original = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
         if let Ok(original) = HeaderValue::from_str(original) {
-            request.headers_mut().insert(&vendor::names().original_path, original);
+            vendor::ORIGINAL_PATH.insert(request.headers_mut(), original);
         }
         let mut uri = std::mem::take(request.uri_mut()).into_parts();
         uri.path_and_query = Some(PathAndQuery::try_from(target).map_err(invalid)?);

@@ -93,7 +93,7 @@ impl Timeouts {
         let left = self.route.map(|route| route.saturating_sub(Duration::from_millis(gone)));
         let left = left.map(|left| left.max(Duration::from_millis(1)));
         let Some(left) = [left, self.per_try].into_iter().flatten().min() else { return };
-        headers.insert(&vendor::names().expected_rq_timeout_ms, millis(left.as_millis() as u64));
+        vendor::EXPECTED_RQ_TIMEOUT_MS.insert(headers, millis(left.as_millis() as u64));
         if grpc && let Ok(value) = HeaderValue::try_from(to_grpc_timeout(left)) {
             headers.insert(GRPC_TIMEOUT, value);
         }

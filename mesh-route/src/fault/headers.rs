@@ -3,37 +3,35 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderName};
-use mesh_core::vendor;
+use http::HeaderMap;
+use mesh_core::vendor::{self, Header};
 
 use super::{Abort, AbortKind, Delay, grpc_abort, http_abort};
 use crate::percentage::Percentage;
 
 /// The delay that these headers order.
 pub(super) fn delay(headers: &HeaderMap) -> Option<Delay> {
-    let names = vendor::names();
-    let duration = Duration::from_millis(number(headers, &names.fault_delay_request)?);
-    Some(Delay { duration, percentage: percentage(headers, &names.fault_delay_request_percentage) })
+    let duration = Duration::from_millis(number(headers, vendor::FAULT_DELAY_REQUEST)?);
+    Some(Delay { duration, percentage: percentage(headers, vendor::FAULT_DELAY_REQUEST_PERCENTAGE) })
 }
 
 /// The abort that these headers order.
 pub(super) fn abort(headers: &HeaderMap) -> Option<Abort> {
-    let names = vendor::names();
-    let http = || -> Option<AbortKind> { number(headers, &names.fault_abort_request).and_then(http_abort) };
-    let grpc = || number(headers, &names.fault_abort_grpc_request).and_then(grpc_abort);
+    let http = || -> Option<AbortKind> { number(headers, vendor::FAULT_ABORT_REQUEST).and_then(http_abort) };
+    let grpc = || number(headers, vendor::FAULT_ABORT_GRPC_REQUEST).and_then(grpc_abort);
     let kind = http().or_else(grpc)?;
-    Some(Abort { kind, percentage: percentage(headers, &names.fault_abort_request_percentage) })
+    Some(Abort { kind, percentage: percentage(headers, vendor::FAULT_ABORT_REQUEST_PERCENTAGE) })
 }
 
-fn percentage(headers: &HeaderMap, name: &HeaderName) -> Percentage {
-    number(headers, name).map_or(Percentage::ALWAYS, |percent: u32| {
+fn percentage(headers: &HeaderMap, header: Header) -> Percentage {
+    number(headers, header).map_or(Percentage::ALWAYS, |percent: u32| {
         Percentage::from_millionths(percent.saturating_mul(10_000))
     })
 }
 
 /// The first value of a header, as Envoy takes it.
-fn number<T: FromStr>(headers: &HeaderMap, name: &HeaderName) -> Option<T> {
-    headers.get(name)?.to_str().ok()?.trim().parse().ok()
+fn number<T: FromStr>(headers: &HeaderMap, header: Header) -> Option<T> {
+    header.get(headers)?.to_str().ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]

@@ -202,7 +202,7 @@ where
 
 fn count<B>(request: &mut Request<B>, number: u32) {
     let number = if number == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(number) };
-    request.headers_mut().insert(&vendor::names().attempt_count, number);
+    vendor::ATTEMPT_COUNT.insert(request.headers_mut(), number);
 }
 
 /// What is kept of a request that may be tried again.

@@ -172,7 +172,7 @@ impl RetryOn {
     }
 
     fn holds_for_response(&self, status: StatusCode, headers: &HeaderMap, grpc: Option<u16>) -> bool {
-        if headers.contains_key(&vendor::names().ratelimited) {
+        if vendor::RATELIMITED.get(headers).is_some() {
             return self.has(RATELIMITED);
         }
         let code = status.as_u16();

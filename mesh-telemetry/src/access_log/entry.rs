@@ -44,7 +44,7 @@ impl Entry {
 
     pub(super) fn responded(&mut self, status: u16, headers: &HeaderMap) {
         self.status = status;
-        self.service_time = headers.get(&vendor::names().upstream_service_time).cloned();
+        self.service_time = vendor::UPSTREAM_SERVICE_TIME.get(headers).cloned();
     }
 
     /// The line, with its end of line. What the edge normalised or made (path, authority, request id, forwarded
