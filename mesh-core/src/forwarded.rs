@@ -22,8 +22,8 @@ const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert
 ///   absent.
 /// * At a gateway: what only the mesh may say goes, the [mark of a copy](crate::mirrored) is not believed, the peer is
 ///   appended to `x-forwarded-for`, and the client's
-///   address, `trusted_proxies` hops away, stands in `x-envoy-external-address`, or what the [prefix](crate::vendor) makes of it. Without trusted proxies
-///   `x-forwarded-proto` is not believed either.
+///   address, `trusted_proxies` hops away, stands in `x-envoy-external-address` (or under another [prefix](crate::vendor)).
+///   Without trusted proxies `x-forwarded-proto` is not believed either.
 pub fn apply(
     headers: &mut HeaderMap,
     conn: &ConnInfo,
