@@ -12,6 +12,10 @@ const MOST: usize = 64;
 /// The most characters of a value that a difference shows.
 const SHOWN: usize = 120;
 
+/// The most bytes of a path that a difference shows. A longer one is shown by its beginning and its end. Places are
+/// told apart by what is left.
+const LONGEST_PATH: usize = 256;
+
 /// What is kept of an answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Answer {
@@ -28,7 +32,7 @@ pub struct Answer {
 /// A place where two answers differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
-    /// Where: `status`, `header:NAME`, `body`, or a path into JSON such as `$.items[3].id`.
+    /// Where: `status`, `header:NAME`, `body`, or a path into JSON such as `$.items[3].id`, shortened to 256 bytes.
     pub path: String,
     /// The place among others of its kind: `$.items[*].id`. What is noise is learned by it.
     pub place: String,
@@ -67,7 +71,7 @@ impl Kind {
 }
 
 /// Where another answer differs from that of the primary, in these headers and otherwise everywhere. At most 64 places
-/// are told. Of a body that was cut nothing is said.
+/// are told; what comes after them is not looked at. Of a body that was cut nothing is said.
 #[must_use]
 pub fn compare(headers: &[HeaderName], primary: &Answer, other: &Answer) -> Vec<Difference> {
     let mut out = Vec::new();
@@ -76,6 +80,9 @@ pub fn compare(headers: &[HeaderName], primary: &Answer, other: &Answer) -> Vec<
         out.push(Difference::new("status", Kind::Value, Some(primary), Some(other)));
     }
     for name in headers {
+        if out.len() >= MOST {
+            break;
+        }
         let joined = |answer: &Answer| {
             let values: Vec<_> = answer
                 .headers
@@ -91,10 +98,9 @@ pub fn compare(headers: &[HeaderName], primary: &Answer, other: &Answer) -> Vec<
             out.push(Difference::new(&format!("header:{name}"), kind, primary, other));
         }
     }
-    if !primary.cut && !other.cut && primary.body != other.body {
+    if out.len() < MOST && !primary.cut && !other.cut && primary.body != other.body {
         bodies(&primary.body, &other.body, &mut out);
     }
-    out.truncate(MOST);
     out
 }
 
@@ -147,10 +153,13 @@ impl Path {
     }
 
     fn tell(&self, kind: Kind, primary: Option<&Value>, other: Option<&Value>, out: &mut Vec<Difference>) {
+        if out.len() >= MOST {
+            return;
+        }
         let text = |value: Option<&Value>| value.map(|value| shown(value.to_string()));
         out.push(Difference {
-            path: self.exact.clone(),
-            place: self.general.clone(),
+            path: shortened(&self.exact),
+            place: shortened(&self.general),
             kind,
             primary: text(primary),
             other: text(other),
@@ -165,17 +174,26 @@ fn values(path: &mut Path, primary: &Value, other: &Value, out: &mut Vec<Differe
     match (primary, other) {
         (Value::Object(ours), Value::Object(theirs)) => {
             for (key, value) in ours {
+                if out.len() >= MOST {
+                    return;
+                }
                 path.key(key, |path| match theirs.get(key) {
                     Some(theirs) => values(path, value, theirs, out),
                     None => path.tell(Kind::Missing, Some(value), None, out),
                 });
             }
             for (key, value) in theirs.iter().filter(|(key, _)| !ours.contains_key(*key)) {
+                if out.len() >= MOST {
+                    return;
+                }
                 path.key(key, |path| path.tell(Kind::Added, None, Some(value), out));
             }
         }
         (Value::Array(ours), Value::Array(theirs)) => {
             for at in 0..ours.len().max(theirs.len()) {
+                if out.len() >= MOST {
+                    return;
+                }
                 path.item(at, |path| match (ours.get(at), theirs.get(at)) {
                     (Some(ours), Some(theirs)) => values(path, ours, theirs, out),
                     (ours @ Some(_), None) => path.tell(Kind::Missing, ours, None, out),
@@ -209,9 +227,19 @@ impl Kind {
 
 impl Difference {
     fn new(path: &str, kind: Kind, primary: Option<String>, other: Option<String>) -> Self {
-        let (path, place) = (path.to_owned(), path.to_owned());
+        let (path, place) = (shortened(path), shortened(path));
         Self { path, place, kind, primary: primary.map(shown), other: other.map(shown) }
     }
+}
+
+/// A path that is too long is known by where it begins and what it ends in.
+fn shortened(path: &str) -> String {
+    if path.len() <= LONGEST_PATH {
+        return path.to_owned();
+    }
+    let half = LONGEST_PATH / 2;
+    let (beginning, end) = (path.floor_char_boundary(half), path.ceil_char_boundary(path.len() - half));
+    format!("{}…{}", &path[..beginning], &path[end..])
 }
 
 fn shown(mut text: String) -> String {
@@ -297,6 +325,27 @@ mod tests {
         assert!(long[0].len() < 200, "{long:?}");
         let cut = Answer { cut: true, ..answer(200, &[], "{\"a\": 1") };
         assert!(compare(&[], &cut, &answer(200, &[], "{}")).is_empty());
+    }
+
+    #[test]
+    fn bug_items_under_a_long_key_took_a_gigabyte() {
+        let key = "k".repeat(32 * 1024);
+        let items = format!("{{\"{key}\":[{}]}}", vec!["1"; 1_000].join(","));
+        let fields: serde_json::Map<_, _> =
+            (0..100).map(|number| (format!("{number}{key}"), Value::from(1))).collect();
+        let fields = Value::Object(fields).to_string();
+        let no_items = format!("{{\"{key}\":[]}}");
+        for (primary, other) in
+            [(&*items, &*no_items), (&*no_items, &*items), (&*fields, "{}"), ("{}", &*fields)]
+        {
+            let mut out = Vec::new();
+            bodies(&Bytes::from(primary.to_owned()), &Bytes::from(other.to_owned()), &mut out);
+            assert_eq!(out.len(), MOST, "no more is told, not even for a while");
+            let longest = out.iter().map(|told| told.path.len().max(told.place.len())).max();
+            assert!(longest < Some(264), "{longest:?}");
+        }
+        let told = said(&items, &no_items);
+        assert!(told[63].starts_with("$.kkk") && told[63].contains("kkk[63] missing"), "{}", told[63]);
     }
 
     proptest! {
