@@ -33,6 +33,7 @@ use rand::Rng;
 pub use count::{MOST_IN_FLIGHT, MirrorCounters, MirrorOutcome, Mirroring};
 pub use layer::{MirrorLayer, MirrorRequests};
 pub(crate) use send::{discard, start};
+pub(crate) use tee::charge;
 
 use crate::cluster::Cluster;
 use crate::diff::DiffPolicy;

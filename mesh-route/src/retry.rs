@@ -7,7 +7,8 @@
 //! **What a retry costs before it happens.** Istio retries by default, so the default must be nearly free. A policy
 //! compiles to a [`RetryClass`]: for *Connect* nothing is kept, because what was not written comes back by itself;
 //! for *Head* the head is cloned, as the request has no body; for *Replay* a body is recorded too while it passes. What
-//! is more than 64 KiB, or has not ended when the answer comes, is not sent again (VS-Y08).
+//! is more than 64 KiB (a piece counts for 512 bytes at least), or has not ended when the answer comes, is not sent
+//! again (VS-Y08).
 
 mod admission;
 mod backoff;

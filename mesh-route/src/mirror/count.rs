@@ -9,7 +9,7 @@ use mesh_core::mirrored::MirrorId;
 use crate::diff::Diffs;
 
 /// The most copies that a process has in flight unless it is told otherwise. Each holds at most 64 KiB that its mirror
-/// has not read, so mirrors that hang hold 64 MiB.
+/// has not read, where a piece counts for 512 bytes at least, so mirrors that hang hold about 64 MiB.
 pub const MOST_IN_FLIGHT: u32 = 1024;
 
 /// What all copies of a process share: who made them, and how many are in flight. Cloning shares it.

@@ -4,6 +4,9 @@
 //! shared, not copied. The primary never waits, so the copy has to keep up. What it has not read is bounded
 //! ([`UNREAD`]); a copy that falls further behind is lost, and whoever receives it sees a reset and never an end. The
 //! same becomes of it when the primary's body breaks off: half a request must not pass for a whole one.
+//!
+//! A piece costs more than its bytes: its place in the queue, and a buffer that it keeps alive. So each is charged for
+//! [`PIECE`] bytes at least, and a copy leaves at most 128 pieces unread however small they are.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -17,9 +20,17 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use mesh_core::{Body, BodyHook, EndOfBody, Error, ErrorKind, ResponseFlags};
 use tokio::sync::Notify;
 
-/// The most bytes that a copy leaves unread. One piece that is larger is taken when nothing else is unread: it is
+/// The most bytes that a copy leaves unread, as pieces are charged. One piece that is larger is taken when nothing else is unread: it is
 /// shared with the primary, which has read it.
 pub(crate) const UNREAD: usize = 64 * 1024;
+
+/// The bytes that a piece is charged for when it has fewer.
+pub(crate) const PIECE: usize = 512;
+
+/// What a piece is charged for.
+pub(crate) fn charge(piece: &Bytes) -> usize {
+    piece.len().max(PIECE)
+}
 
 /// Why a copy was not made whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,10 +126,11 @@ impl Tee {
     fn push(&self, data: &Bytes) {
         let most = self.0.most;
         self.change(|queue| {
-            if queue.unread > 0 && queue.unread.saturating_add(data.len()) > most {
+            let unread = queue.unread.saturating_add(charge(data));
+            if queue.unread > 0 && unread > most {
                 queue.state = State::Lost(Lost::Overflow);
             } else {
-                queue.unread = queue.unread.saturating_add(data.len());
+                queue.unread = unread;
                 queue.pieces.push_back(data.clone());
             }
         });
@@ -183,7 +195,7 @@ impl HttpBody for Copied {
             match (queue.state, queue.pieces.pop_front()) {
                 (State::Lost(_), _) => return Poll::Ready(Some(Err(broken_off()))),
                 (_, Some(piece)) => {
-                    queue.unread = queue.unread.saturating_sub(piece.len());
+                    queue.unread = queue.unread.saturating_sub(charge(&piece));
                     Frame::data(piece)
                 }
                 (State::Whole, None) => match queue.trailers.take() {
@@ -296,6 +308,26 @@ mod tests {
         assert!(slow.frame().await.unwrap().is_err());
         assert_eq!(quick.frame().await.unwrap().unwrap().into_data().unwrap(), "1");
         assert_eq!(whole.unwrap().lock().state, State::Passing);
+    }
+
+    #[tokio::test]
+    async fn bug_pieces_of_one_byte_cost_thirty_times_the_bound() {
+        let (mut feed, mut primary, mut copied) = fed(1);
+        let (mut copy, tee) = copied.remove(0);
+        let tee = tee.unwrap();
+        for read in [true, false] {
+            for _ in 0..UNREAD / PIECE {
+                feed.send_data(Bytes::from_static(b"1")).await.unwrap();
+                pass(&mut primary).await;
+            }
+            assert_eq!(tee.lock().state, State::Passing, "as many as are allowed");
+            while read && tee.lock().unread > 0 {
+                copy.frame().await.unwrap().unwrap();
+            }
+        }
+        feed.send_data(Bytes::from_static(b"1")).await.unwrap();
+        pass(&mut primary).await;
+        assert_eq!(tee.lock().state, State::Lost(Lost::Overflow));
     }
 
     #[tokio::test]

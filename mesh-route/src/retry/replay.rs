@@ -1,4 +1,8 @@
 //! What is kept of a request that may have to be sent again.
+//!
+//! A body is kept as the pieces that passed, which are shared with the first try. They are bounded as those of a
+//! mirrored copy are: a piece is charged for 512 bytes at least, as it costs more than its bytes. So of a body that
+//! comes in small pieces at most 128 are kept; one of more is not sent again.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,7 +11,9 @@ use http::{HeaderMap, Method, Request, Uri, Version};
 use http_body::{Body as _, Frame};
 use mesh_core::{Body, BodyHook, EndOfBody, Error};
 
-/// The largest body that is kept.
+use crate::mirror::charge;
+
+/// The largest body that is kept, as its pieces are charged.
 pub(crate) const MOST_BYTES: usize = 64 * 1024;
 
 /// A copy of a request: its head, and what has passed of its body.
@@ -28,6 +34,8 @@ struct Record(Arc<Mutex<Recorded>>);
 struct Recorded {
     pieces: Vec<Bytes>,
     bytes: usize,
+    /// What the pieces are charged for.
+    charged: usize,
     trailers: Option<HeaderMap>,
     state: State,
 }
@@ -126,13 +134,15 @@ impl Recorded {
 impl BodyHook for Record {
     fn on_data(&mut self, data: &Bytes) {
         let mut recorded = self.lock();
-        if recorded.state != State::Passing {
+        if recorded.state != State::Passing || data.is_empty() {
             return;
         }
-        recorded.bytes = recorded.bytes.saturating_add(data.len());
-        if recorded.bytes > MOST_BYTES {
+        let charged = recorded.charged.saturating_add(charge(data));
+        if charged > MOST_BYTES {
             recorded.lose();
         } else {
+            recorded.bytes += data.len();
+            recorded.charged = charged;
             recorded.pieces.push(data.clone());
         }
     }
@@ -231,6 +241,22 @@ mod tests {
         let replay = Replay::of(&mut request);
         drop(request);
         assert!(replay.request().is_none(), "it was dropped before it had passed");
+    }
+
+    #[tokio::test]
+    async fn bug_pieces_of_one_byte_cost_thirty_times_the_bound() {
+        let most = MOST_BYTES / charge(&Bytes::new());
+        for (pieces, kept) in [(most, true), (most + 1, false)] {
+            let frames = (0..pieces).map(|_| Frame::data(Bytes::from_static(b"1"))).collect();
+            let mut request = Request::new(streamed(frames));
+            let replay = Replay::of(&mut request);
+            request.into_body().collect().await.unwrap();
+            let again = replay.request();
+            assert_eq!(again.is_some(), kept, "{pieces} pieces");
+            if let Some(again) = again {
+                assert_eq!(again.body().size_hint().exact(), Some(pieces as u64));
+            }
+        }
     }
 
     #[tokio::test]
