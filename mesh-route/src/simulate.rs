@@ -7,7 +7,8 @@
 //! at their other ends are hyper's servers that follow a script. So a simulation is as right as the tests of the proxy.
 //!
 //! **The same scenario and seed give the same report, byte for byte**, in every run of the same build. Everything is on
-//! one thread; every random number comes from the seed (that of each worker, endpoint and load by its name, so that
+//! one thread, but for the comparison of a mirror's answer ([`diff`](crate::diff)), which runs on a thread for work that
+//! blocks: the clock stands still meanwhile, no request waits for it, and the report says nothing of mirrors; every random number comes from the seed (that of each worker, endpoint and load by its name, so that
 //! adding one changes nothing of the others); no result depends on the order of a hash map or on the time of day. What is
 //! new in the request path must keep that: a `tokio::select!` there is `biased`, and what draws at random draws from
 //! its shard.
