@@ -1,4 +1,7 @@
 //! Keeping the beginning of a body while it passes.
+//!
+//! It is copied, not shared: pieces are parts of larger buffers, which would live as long, and small ones cost more
+//! than their bytes. What is kept takes what it is bounded to.
 
 use bytes::Bytes;
 use mesh_core::{BodyHook, EndOfBody};
@@ -6,38 +9,33 @@ use mesh_core::{BodyHook, EndOfBody};
 /// What was kept of a body.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Kept {
-    /// Its beginning, copied: what passed is a part of larger buffers.
+    /// Its beginning.
     pub(super) body: Bytes,
     /// Whether there was more.
     pub(super) cut: bool,
 }
 
-/// Pieces of a body, up to a bound.
+/// The beginning of a body, up to a bound.
 #[derive(Debug)]
 pub(super) struct Keeping {
     most: usize,
-    bytes: usize,
-    pieces: Vec<Bytes>,
+    body: Vec<u8>,
     cut: bool,
 }
 
 impl Keeping {
     pub(super) const fn new(most: usize) -> Self {
-        Self { most, bytes: 0, pieces: Vec::new(), cut: false }
+        Self { most, body: Vec::new(), cut: false }
     }
 
     pub(super) fn push(&mut self, data: &Bytes) {
-        let room = self.most - self.bytes;
+        let room = self.most - self.body.len();
         self.cut |= data.len() > room;
-        let taken = data.len().min(room);
-        if taken > 0 {
-            self.bytes += taken;
-            self.pieces.push(data.slice(..taken));
-        }
+        self.body.extend_from_slice(&data[..data.len().min(room)]);
     }
 
     pub(super) fn finish(self) -> Kept {
-        Kept { body: self.pieces.concat().into(), cut: self.cut }
+        Kept { body: self.body.into(), cut: self.cut }
     }
 }
 
