@@ -81,7 +81,10 @@ const PATHS: &[(&str, &str)] = &[
     ("/server_info", "version, workload, uptime"),
     ("/explain?url=http://HOST/PATH", "which rule takes a request, and why not the ones before it"),
     ("/mirror_diff", "where the answers of mirrors differ from those of the primary; samples"),
-    ("/mirror_diff?captured", "the compared requests, a JSON object a line, for sidecar --replay"),
+    (
+        "/mirror_diff?captured",
+        "the compared requests of mirrors that say \"capture\", a JSON object a line, for sidecar --replay",
+    ),
     ("/stats/prometheus", "counters of the process"),
 ];
 

@@ -1,9 +1,10 @@
 //! `sidecar --replay`: captured requests asked of another version, and where its answers differ.
 //!
-//! The requests come from `/mirror_diff?captured` of a proxy that compares (VS-P05), one JSON object a line. Each is
-//! sent to `--against`, one after the other, with the authority and the headers that it had. Its answer is compared with
-//! the one that was captured, or, with `--baseline`, with what that version answers now; that is then asked twice, so
-//! that it is known what is noise. What is neither GET nor HEAD is asked of the baseline once.
+//! The requests come from `/mirror_diff?captured` of a proxy that compares and captures (VS-P05), one JSON object a
+//! line. Each is sent to `--against`, one after the other, with the authority and the headers that were kept of it. Its
+//! answer is compared with the one that was captured, or, with `--baseline`, with what that version answers now; that is
+//! then asked twice, so that it is known what is noise, which takes ten requests at least. What is neither GET nor HEAD
+//! is asked of the baseline once.
 
 use std::fmt::Write as _;
 use std::path::Path;

@@ -345,23 +345,24 @@ async fn mirroring() {
 async fn mirror_diffing() {
     let (v1, v2) = (Echo::start("v1").await, Echo::start("v2").await);
     let example = Example::start("mirror-diffing.yaml", &[(9081, v1.addr), (9082, v2.addr)]);
-    for at in 0..80 {
-        let answer =
-            example.send("GET", "reviews", &format!("/items/{at}"), "authorization: secret\r\n").await;
+    for at in 0..250 {
+        let answer = example
+            .send("GET", "reviews", &format!("/items/{at}"), "authorization: secret\r\nx-api-key: secret\r\n")
+            .await;
         assert_eq!(answer.status, 200);
         assert!(answer.body.contains("\"name\":\"v1\""), "{}", answer.body);
     }
     let admin = example.sidecar.address("admin");
     let compared = async || {
         let found = get_json(admin, "/mirror_diff").await;
-        found["comparisons"][0]["compared"] == 80
+        found["comparisons"][0]["compared"] == 250
     };
     mesh_testkit::until("every copy was compared", compared).await;
     let found = get_json(admin, "/mirror_diff").await;
     let pair = &found["comparisons"][0];
-    assert_eq!((pair["route"].as_str(), pair["different"].as_u64()), (Some("all"), Some(80)));
+    assert_eq!((pair["route"].as_str(), pair["different"].as_u64()), (Some("all"), Some(250)));
     assert_eq!(pair["mirror"], "outbound|80|v2|reviews.default.svc.cluster.local");
-    assert!(pair["baselines"].as_u64().unwrap() > 0, "{pair}");
+    assert!(pair["baselines"].as_u64().unwrap() >= 10, "{pair}");
     let place = |name: &str| {
         let places = pair["places"].as_array().unwrap();
         places.iter().find(|place| place["place"] == name).unwrap_or_else(|| panic!("no {name} in {pair}"))["noise"]
@@ -369,17 +370,17 @@ async fn mirror_diffing() {
     };
     assert!(!place("$.name"), "that is what differs");
     assert!(place("$.headers.x-mesh-mirrored"), "every copy has it, that for the baseline too");
-    assert_eq!(found["samples"].as_array().unwrap().len(), 80);
+    assert_eq!(found["samples"].as_array().unwrap().len(), 100, "the last ones");
     assert_eq!(found["samples"][0]["mirror"]["status"], 200);
     let (_, stats) = mesh_testkit::raw::get(admin, "localhost", "/stats/prometheus").await;
-    let series = "mesh_mirror_comparisons_total{route=\"all\",cluster=\"outbound|80|v2|reviews.default.svc.cluster.local\",verdict=\"different\"} 80\n";
+    let series = "mesh_mirror_comparisons_total{route=\"all\",cluster=\"outbound|80|v2|reviews.default.svc.cluster.local\",verdict=\"different\"} 250\n";
     assert!(stats.contains(series), "{stats}");
 
     let (status, lines) = mesh_testkit::raw::get(admin, "localhost", "/mirror_diff?captured").await;
-    assert_eq!((status, lines.lines().count()), (200, 80));
+    assert_eq!((status, lines.lines().count()), (200, 250));
     for line in lines.lines() {
         let line: serde_json::Value = serde_json::from_str(line).unwrap();
-        let named = |pair: &serde_json::Value| pair[0] == "authorization";
+        let named = |pair: &serde_json::Value| pair[0] == "authorization" || pair[0] == "x-api-key";
         assert!(!line["headers"].as_array().unwrap().iter().any(named), "credentials are not written down");
     }
     example.dir.write("requests.jsonl", &lines);
@@ -398,16 +399,16 @@ async fn mirror_diffing() {
     };
     let (code, table, _) = replay(args(v2.addr, Some(v1.addr))).await;
     assert_eq!(code, Some(1), "{table}");
-    assert!(table.starts_with("80 requests: 0 equal, 0 differ by noise, 80 differ"), "{table}");
+    assert!(table.starts_with("250 requests: 0 equal, 0 differ by noise, 250 differ"), "{table}");
     assert!(table.contains("\nGET reviews/items/0\n  $.name: \"v1\" is now \"v2\"\n"), "{table}");
     let (code, table, _) = replay(args(v1.addr, Some(v1.addr))).await;
     assert_eq!(code, Some(0), "{table}");
-    assert!(table.starts_with("80 requests: 80 equal"), "{table}");
+    assert!(table.starts_with("250 requests: 250 equal"), "{table}");
     // What was captured was no copy; what is asked now is, and this service tells.
     let (code, table, _) = replay(args(v1.addr, None)).await;
     assert_eq!(code, Some(1), "{table}");
     let row = table.lines().find(|line| line.starts_with("$.headers.x-mesh-mirrored")).unwrap();
-    assert_eq!(row.split_whitespace().skip(1).collect::<Vec<_>>(), ["added", "80", "0"]);
+    assert_eq!(row.split_whitespace().skip(1).collect::<Vec<_>>(), ["added", "250", "0"]);
     example.dir.write("requests.jsonl", "{}");
     let (code, _, said) = replay(args(v1.addr, None)).await;
     assert_eq!(code, Some(1));

@@ -7,14 +7,16 @@
 //!
 //! **Noise.** Ids, times and the order of what is chosen by chance differ between any two answers. So for a share of the
 //! compared requests a second copy goes to the *primary's* cluster, and the primary is compared with itself. A path that
-//! differs there about as often as it does with the mirror is noise ([`Tally::is_noise`]). As the second copy is a
+//! differs there about as often as it does with the mirror is noise ([`Tally::is_noise`]), once the primary was compared
+//! with itself [`LEAST_BASELINES`] times; what is known fades ([`Tally::fade`]). As the second copy is a
 //! second request to a service in use, only GET and HEAD are asked twice unless the policy says otherwise.
 //!
-//! **Off the path.** What is compared is captured while it passes to the client, by reference. The comparison waits and
-//! runs in the mirror's task, on a thread for work that blocks. Other routes have none of it.
+//! **Off the path.** What is compared is copied while it passes to the client, up to the bound of the policy. The
+//! comparison waits in the mirror's task and runs on a thread for work that blocks. Other routes have none of it.
 //!
-//! [`Diffs`] keeps the counts, the last differences, and the last compared requests with the answers of the primary,
-//! which can be written down ([`Captured`]) and asked of another version later.
+//! [`Diffs`] keeps the counts, the last differences with at most 1 KiB of each body, and, for policies that ask for it
+//! ([`DiffPolicy::capture`]), the last compared requests with the answers of the primary, which can be written down
+//! ([`Captured`]) and asked of another version later.
 
 mod capture;
 mod captured;
@@ -26,7 +28,7 @@ mod trial;
 pub use captured::{Captured, InvalidCapture};
 pub use compare::{Answer, Difference, Kind, compare};
 pub use store::{Counts, Diffs, MOST_CAPTURED, MOST_CAPTURED_BYTES, MOST_SAMPLES};
-pub use tally::{MOST_PATHS, Tally, Verdict};
+pub use tally::{LEAST_BASELINES, MOST_PATHS, Tally, Verdict};
 pub(crate) use trial::{Trial, Watch, keep};
 
 use http::{HeaderName, Method};
@@ -44,7 +46,10 @@ pub struct DiffPolicy {
     pub baseline: Percentage,
     /// Whether the primary is asked twice what is neither GET nor HEAD. Default no.
     pub baseline_any_method: bool,
-    /// The most bytes of a body that are kept. Default 64 KiB.
+    /// Whether the compared requests are kept with the answers of the primary, so that they can be asked again
+    /// ([`Captured`]). Whoever may read the admin port may read them then, with their bodies. Default no.
+    pub capture: bool,
+    /// The most bytes of a body that are kept until it was compared. Default 64 KiB.
     pub body_bytes: usize,
 }
 
@@ -55,6 +60,7 @@ impl Default for DiffPolicy {
             headers: Vec::new(),
             baseline: Percentage::from_millionths(100_000),
             baseline_any_method: false,
+            capture: false,
             body_bytes: 64 * 1024,
         }
     }

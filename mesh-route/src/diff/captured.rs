@@ -1,14 +1,18 @@
 //! A compared request with the answer of the primary, as a line of a file.
 //!
+//! Whoever may read the admin port may read these, so nothing is captured unless the policy asks for it
+//! ([`DiffPolicy::capture`](super::DiffPolicy::capture)), and of the headers of a request only those are kept that
+//! stand on a list: what an answer usually depends on, and what the policy names.
+//!
 //! One JSON object a line:
 //!
 //! | field | what |
 //! |---|---|
 //! | `route`, `mirror` | the names of the route and of the mirror's cluster |
 //! | `method`, `authority`, `path` | the request, its path with the query |
-//! | `headers` | its headers, pairs in order; without credentials (`authorization`, `proxy-authorization`, `cookie`) |
+//! | `headers` | its headers, pairs in order: `accept`, `accept-encoding`, `accept-language`, `content-type`, `traceparent`, `user-agent`, `x-request-id` and those that are compared; never `authorization`, `proxy-authorization`, `cookie` or `set-cookie` |
 //! | `body` or `body_base64` | its body, as text where it is UTF-8; absent when it has none |
-//! | `compare` | the headers of answers that are compared |
+//! | `compare` | the headers of answers that are compared, without those that are never kept |
 //! | `response` | what the primary answered: `status`, `headers` (those that are compared), `body` or `body_base64` |
 //!
 //! A request of which a body was longer than what is kept is left out: it could not be asked again as it was.
@@ -16,7 +20,10 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, COOKIE, PROXY_AUTHORIZATION};
+use http::header::{
+    ACCEPT, ACCEPT_ENCODING, ACCEPT_LANGUAGE, AUTHORIZATION, CONTENT_TYPE, COOKIE, PROXY_AUTHORIZATION,
+    SET_COOKIE, USER_AGENT,
+};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use mesh_core::mirrored::MARK;
@@ -37,7 +44,7 @@ pub struct Captured {
     pub authority: String,
     /// Its path with the query.
     pub path: PathAndQuery,
-    /// Its headers, without credentials.
+    /// Those of its headers that are kept.
     pub headers: HeaderMap,
     /// Its body.
     pub body: Bytes,
@@ -52,14 +59,46 @@ pub struct Captured {
 #[error("{0}")]
 pub struct InvalidCapture(String);
 
-/// Takes what must not stand in a file out of the headers of a request.
-pub(super) fn without_credentials(headers: &mut HeaderMap) {
-    for name in [AUTHORIZATION, PROXY_AUTHORIZATION, COOKIE, MARK] {
-        headers.remove(name);
+/// The headers of a request that are kept, besides those that are compared.
+const KEPT: [HeaderName; 7] = [
+    ACCEPT,
+    ACCEPT_ENCODING,
+    ACCEPT_LANGUAGE,
+    CONTENT_TYPE,
+    USER_AGENT,
+    HeaderName::from_static("traceparent"),
+    HeaderName::from_static("x-request-id"),
+];
+
+/// The headers whose values are shown to nobody.
+const SECRET: [HeaderName; 4] = [AUTHORIZATION, PROXY_AUTHORIZATION, COOKIE, SET_COOKIE];
+
+/// Whether the values of a header are shown to nobody.
+pub(super) fn is_secret(name: &HeaderName) -> bool {
+    SECRET.contains(name)
+}
+
+/// What may be written down of the headers of a request.
+pub(super) fn kept(headers: &HeaderMap, compared: &[HeaderName]) -> HeaderMap {
+    let is_kept = |name: &HeaderName| {
+        (KEPT.contains(name) || compared.contains(name)) && !is_secret(name) && *name != MARK
+    };
+    let mut kept = HeaderMap::new();
+    for (name, value) in headers.iter().filter(|(name, _)| is_kept(name)) {
+        kept.append(name.clone(), value.clone());
     }
+    kept
 }
 
 impl Captured {
+    /// Takes out what was compared, but may not be kept.
+    pub(super) fn without_secrets(mut self) -> Self {
+        for name in SECRET {
+            self.response.headers.remove(name);
+        }
+        self
+    }
+
     /// The line, without its end.
     #[must_use]
     pub fn to_line(&self) -> String {
@@ -122,12 +161,17 @@ impl Captured {
         })
     }
 
-    /// What it takes of memory, about.
+    /// What it takes of memory, about: its bodies, headers and names.
     pub(super) fn bytes(&self) -> usize {
         let headers = |headers: &HeaderMap| {
             headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>()
         };
-        self.body.len() + self.response.body.len() + headers(&self.headers) + headers(&self.response.headers)
+        let names = self.route.len() + self.mirror.len() + self.authority.len() + self.path.as_str().len();
+        names
+            + self.body.len()
+            + self.response.body.len()
+            + headers(&self.headers)
+            + headers(&self.response.headers)
     }
 }
 
@@ -237,12 +281,28 @@ mod tests {
     }
 
     #[test]
-    fn vs_p05_credentials_are_not_written_down() {
+    fn bug_only_some_credentials_were_left_out() {
         let mut headers = HeaderMap::new();
-        for name in ["authorization", "cookie", "proxy-authorization", "x-mesh-mirrored", "x-user"] {
+        for name in [
+            "authorization",
+            "cookie",
+            "proxy-authorization",
+            "set-cookie",
+            "x-api-key",
+            "x-mesh-mirrored",
+            "accept",
+            "traceparent",
+            "x-user",
+            "host",
+        ] {
             headers.insert(name, HeaderValue::from_static("a"));
         }
-        without_credentials(&mut headers);
-        assert_eq!(headers.keys().collect::<Vec<_>>(), ["x-user"]);
+        headers.append("accept", HeaderValue::from_static("b"));
+        let compared = ["x-user", "cookie", "set-cookie", "x-mesh-mirrored"].map(HeaderName::from_static);
+        let kept = kept(&headers, &compared);
+        let mut names: Vec<_> = kept.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["accept", "traceparent", "x-user"]);
+        assert_eq!(kept.get_all("accept").iter().count(), 2);
     }
 }

@@ -6,6 +6,8 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, StatusCode};
 use serde_json::{Number, Value};
 
+use super::captured::is_secret;
+
 /// The most differences that one comparison tells.
 const MOST: usize = 64;
 
@@ -71,7 +73,8 @@ impl Kind {
 }
 
 /// Where another answer differs from that of the primary, in these headers and otherwise everywhere. At most 64 places
-/// are told; what comes after them is not looked at. Of a body that was cut nothing is said.
+/// are told; what comes after them is not looked at. Of a body that was cut nothing is said, and of `authorization`,
+/// `proxy-authorization`, `cookie` and `set-cookie` no value is shown.
 #[must_use]
 pub fn compare(headers: &[HeaderName], primary: &Answer, other: &Answer) -> Vec<Difference> {
     let mut out = Vec::new();
@@ -95,6 +98,7 @@ pub fn compare(headers: &[HeaderName], primary: &Answer, other: &Answer) -> Vec<
         let (primary, other) = (joined(primary), joined(other));
         if primary != other {
             let kind = Kind::of_presence(primary.is_some(), other.is_some());
+            let (primary, other) = if is_secret(name) { (None, None) } else { (primary, other) };
             out.push(Difference::new(&format!("header:{name}"), kind, primary, other));
         }
     }
@@ -315,6 +319,14 @@ mod tests {
             .map(|d| format!("{} {}", d.path, d.kind.as_str()))
             .collect();
         assert_eq!(paths, ["status value", "header:content-type value", "header:etag missing"]);
+    }
+
+    #[test]
+    fn bug_cookies_that_differ_were_shown() {
+        let with = |value| answer(200, &[("set-cookie", value)], "");
+        let found = compare(&[http::header::SET_COOKIE], &with("id=1"), &with("id=2"));
+        let expected = Difference::new("header:set-cookie", Kind::Value, None, None);
+        assert_eq!(found, [expected], "that they differ is told, not what they are");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::DiffPolicy;
 use super::capture::{Capture, Keeping, Kept};
-use super::captured::{Captured, without_credentials};
+use super::captured::{Captured, is_secret, kept};
 use super::compare::Answer;
 use super::store::{Comparison, Diffs};
 
@@ -30,7 +30,7 @@ pub(crate) struct Trial {
     diffs: Diffs,
     policy: Arc<DiffPolicy>,
     captured: Captured,
-    /// The body of the request; `None` when it has none.
+    /// The body of the request; `None` when it has none, or it is not captured.
     body: Option<oneshot::Receiver<Kept>>,
     primary: oneshot::Receiver<Answer>,
     baseline: Option<oneshot::Receiver<Answer>>,
@@ -82,9 +82,10 @@ impl Trial {
                 .get(HOST)
                 .map_or_else(String::new, |host| String::from_utf8_lossy(host.as_bytes()).into_owned()),
         };
-        let mut headers = copy.headers().clone();
-        headers.remove(HOST);
-        without_credentials(&mut headers);
+        let headers = match policy.capture {
+            true => kept(copy.headers(), &policy.headers),
+            false => HeaderMap::new(),
+        };
         let captured = Captured {
             route: cx.with_route_name(|name| name.unwrap_or("").to_owned()),
             mirror: mirror.to_owned(),
@@ -93,10 +94,10 @@ impl Trial {
             path: copy.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")),
             headers,
             body: bytes::Bytes::new(),
-            compare: policy.headers.clone(),
+            compare: policy.headers.iter().filter(|name| !is_secret(name)).cloned().collect(),
             response: Answer::default(),
         };
-        let body = (!copy.body().is_end_stream()).then(|| {
+        let body = (policy.capture && !copy.body().is_end_stream()).then(|| {
             let (tell, told) = oneshot::channel();
             let body = std::mem::take(copy.body_mut());
             // Whoever has stopped to wait was counted there.
@@ -147,7 +148,7 @@ impl Trial {
                     tracing::error!(%error, "answers could not be compared");
                 }
             }
-            None => diffs.uncompared(&route, &mirror),
+            None => diffs.uncompared(route, mirror).await,
         }
     }
 }

@@ -8,7 +8,7 @@
 //! | `mesh.rs/fault-scope` | VirtualService | `per-request`, `per-try` | whether `fault` is drawn for each try, so that retries and timeouts apply to it |
 //! | `mesh.rs/sticky-split` | VirtualService | `header:NAME`, `cookie:NAME`, `source-ip`, `query:NAME` | who stays on a destination of an HTTP rule while its weights change (VS-R05) |
 //! | `mesh.rs/mirror` | VirtualService | a JSON object by mirror (`HOST/SUBSET`, `HOST` or `*`) of `authority`, `set`, `add`, `remove`, `sampleBy` | authority and header operations of mirrored copies, and the key that decides which requests are copied (VS-P04) |
-//! | `mesh.rs/mirror-diff` | VirtualService | a JSON object of `percentage`, `headers`, `baseline`, `baselineAnyMethod`, `bodyBytes` | the answers of mirrors are compared with those of the primary (VS-P05) |
+//! | `mesh.rs/mirror-diff` | VirtualService | a JSON object of `percentage`, `headers`, `baseline`, `baselineAnyMethod`, `bodyBytes`, `capture` | the answers of mirrors are compared with those of the primary (VS-P05) |
 //! | `mesh.rs/canary` | VirtualService | `canary=SUBSET-OR-HOST; KEY=VALUE; …` | which of two destinations is rolled out by what is measured of it (`canary.rs` has the keys) |
 //! | `mesh.rs/load-balancer` | DestinationRule | `PEAK_EWMA` | the algorithm where the policy names none (DR-LB10) |
 

@@ -13,8 +13,11 @@
 //!
 //! ```yaml
 //! mesh.rs/mirror-diff: |
-//!   {"percentage": 100, "headers": ["content-type"], "baseline": 10, "baselineAnyMethod": false, "bodyBytes": 65536}
+//!   {"percentage": 100, "headers": ["content-type"], "baseline": 10, "baselineAnyMethod": false, "bodyBytes": 65536,
+//!    "capture": false}
 //! ```
+//!
+//! `capture` keeps the compared requests with their bodies, for whoever may read the admin port.
 
 use std::sync::Arc;
 
@@ -244,7 +247,8 @@ impl Extra {
 
 /// Reads the annotation that has answers compared.
 pub(super) fn diff_policy(text: &str) -> Result<DiffPolicy, String> {
-    const KNOWN: [&str; 5] = ["percentage", "headers", "baseline", "baselineAnyMethod", "bodyBytes"];
+    const KNOWN: [&str; 6] =
+        ["percentage", "headers", "baseline", "baselineAnyMethod", "bodyBytes", "capture"];
     let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let Value::Object(fields) = value else { return Err("a JSON object is wanted".to_owned()) };
     if let Some(unknown) = fields.keys().find(|name| !KNOWN.contains(&name.as_str())) {
@@ -260,9 +264,12 @@ pub(super) fn diff_policy(text: &str) -> Result<DiffPolicy, String> {
     let mut policy = DiffPolicy::default();
     policy.percentage = percent("percentage", policy.percentage)?;
     policy.baseline = percent("baseline", policy.baseline)?;
-    if let Some(any) = fields.get("baselineAnyMethod") {
-        policy.baseline_any_method = any.as_bool().ok_or("baselineAnyMethod: true or false is wanted")?;
-    }
+    let flag = |name: &str| match fields.get(name) {
+        None => Ok(false),
+        Some(value) => value.as_bool().ok_or(format!("{name}: true or false is wanted")),
+    };
+    policy.baseline_any_method = flag("baselineAnyMethod")?;
+    policy.capture = flag("capture")?;
     if let Some(bytes) = fields.get("bodyBytes") {
         let bytes =
             bytes.as_u64().filter(|bytes| *bytes <= MOST_BODY_BYTES).and_then(|bytes| bytes.try_into().ok());
@@ -313,7 +320,8 @@ mod tests {
             (r#"{"percent": 1}"#, "percent: known are percentage, headers"),
             (r#"{"percentage": 101}"#, "percentage: a percentage from 0 to 100 is wanted"),
             (r#"{"baseline": "1"}"#, "baseline: a percentage"),
-            (r#"{"baselineAnyMethod": 1}"#, "true or false"),
+            (r#"{"baselineAnyMethod": 1}"#, "baselineAnyMethod: true or false"),
+            (r#"{"capture": "yes"}"#, "capture: true or false"),
             (r#"{"bodyBytes": 2000000}"#, "at most 1048576"),
             (r#"{"headers": "a"}"#, "a list of names"),
             (r#"{"headers": ["a b"]}"#, "a list of names"),
@@ -322,12 +330,13 @@ mod tests {
             assert!(said.contains(reason), "{text}: {said}");
         }
         assert_eq!(diff_policy("{}"), Ok(DiffPolicy::default()));
-        let all = r#"{"percentage": 5, "headers": ["ETag"], "baseline": 0, "baselineAnyMethod": true, "bodyBytes": 10}"#;
+        let all = r#"{"percentage": 5, "headers": ["ETag"], "baseline": 0, "baselineAnyMethod": true, "bodyBytes": 10, "capture": true}"#;
         let expected = DiffPolicy {
             percentage: Percentage::from_percent(5.0),
             headers: vec![HeaderName::from_static("etag")],
             baseline: Percentage::NEVER,
             baseline_any_method: true,
+            capture: true,
             body_bytes: 10,
         };
         assert_eq!(diff_policy(all), Ok(expected));

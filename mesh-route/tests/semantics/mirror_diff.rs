@@ -40,6 +40,7 @@ async fn json_upstream(text: &'static str) -> (u16, Arc<AtomicUsize>) {
                     let body = text.replace('N', &number.to_string());
                     let mut response = http::Response::new(http_body_util::Full::new(Bytes::from(body)));
                     response.headers_mut().insert("etag", number.into());
+                    response.headers_mut().insert("set-cookie", format!("secret={number}").parse().unwrap());
                     response.headers_mut().insert("content-type", "application/json".parse().unwrap());
                     Ok::<_, std::convert::Infallible>(response)
                 }
@@ -55,26 +56,30 @@ async fn json_upstream(text: &'static str) -> (u16, Arc<AtomicUsize>) {
 async fn vs_p05_answers_are_compared_and_noise_is_learned_from_the_primary() {
     let (primary, asked) = json_upstream(r#"{"id": N, "rating": 5, "items": [{"a": 1}]}"#).await;
     let (mirror, _) = json_upstream(r#"{"id": 7N, "rating": 4, "items": [{"a": 1, "b": 2}]}"#).await;
-    let policy = r#"{"baseline": 50, "headers": ["content-type", "etag"]}"#;
+    let policy = r#"{"baseline": 50, "headers": ["content-type", "etag", "set-cookie"], "capture": true}"#;
     let it = compile(&(services(primary, &[mirror]) + &compared("mirror: {host: a}", policy)));
     assert_eq!((it.diags.iter().count(), it.unenforced()), (0, vec![]), "{}", it.diags);
     let clusters = Clusters::new();
     let client = stack(&it, &clusters);
-    for _ in 0..40 {
+    for _ in 0..80 {
         let answer = send(&client, get("http://reviews/rate?q=1")).await;
         assert!(answer.text.contains("\"rating\": 5"), "the client gets what it always got");
     }
-    let post =
-        Request::post("http://reviews/rate").header("cookie", "secret").body(Body::from("hi")).unwrap();
+    let post = Request::post("http://reviews/rate")
+        .header("cookie", "secret")
+        .header("x-api-key", "secret")
+        .header("accept", "a/b")
+        .body(Body::from("hi"))
+        .unwrap();
     send(&client, post).await;
     let diffs = clusters.mirroring().diffs();
-    until(|| diffs.to_json()["comparisons"][0]["compared"] == 41).await;
+    until(|| diffs.to_json()["comparisons"][0]["compared"] == 81).await;
     let shown = diffs.to_json();
     let comparison = &shown["comparisons"][0];
     assert_eq!(comparison["mirror"], "outbound|80||a.default.svc.cluster.local");
     let baselines = comparison["baselines"].as_u64().unwrap();
-    assert!((8..33).contains(&baselines), "{baselines} of 40");
-    assert_eq!(asked.load(Ordering::SeqCst) as u64, 41 + baselines, "a POST is not asked twice");
+    assert!((16..65).contains(&baselines), "{baselines} of 80");
+    assert_eq!(asked.load(Ordering::SeqCst) as u64, 81 + baselines, "a POST is not asked twice");
     let places: Vec<_> = comparison["places"]
         .as_array()
         .unwrap()
@@ -93,22 +98,40 @@ async fn vs_p05_answers_are_compared_and_noise_is_learned_from_the_primary() {
     }
     // Both count up; that they agree now and then is chance.
     assert!(
-        places.iter().all(|place| !place.starts_with("header:") || place == "header:etag value true"),
+        places.iter().filter(|place| place.starts_with("header:")).all(|place| {
+            ["header:etag value true", "header:set-cookie value true"].contains(&place.as_str())
+        }),
         "{places:?}"
     );
-    assert_eq!(diffs.counts()[0].verdicts[2], ("different", 41));
+    assert_eq!(diffs.counts()[0].verdicts[2], ("different", 81));
     let sample = &shown["samples"][0];
     assert_eq!((sample["method"].as_str(), sample["primary"]["status"].as_u64()), (Some("POST"), Some(200)));
     let lines = diffs.captured();
     let captured: Vec<_> = lines.lines().map(|line| Captured::parse(line).unwrap()).collect();
-    assert_eq!(captured.len(), 41);
+    assert_eq!(captured.len(), 81);
     let post = captured.iter().find(|captured| captured.method == "POST").unwrap();
     assert_eq!(
         (post.authority.as_str(), post.path.as_str(), &post.body[..]),
         ("reviews", "/rate", &b"hi"[..])
     );
-    assert!(!post.headers.contains_key("cookie") && !lines.contains("secret"));
+    assert!(post.headers.contains_key("accept"));
+    assert!(!lines.contains("secret") && !shown.to_string().contains("secret"));
     assert!(post.response.headers.contains_key("etag"));
+}
+
+#[tokio::test]
+async fn bug_compared_requests_were_shown_to_whoever_asked() {
+    let (primary, _) = json_upstream(r#"{"rating": 5}"#).await;
+    let (mirror, _) = json_upstream(r#"{"rating": 4}"#).await;
+    let it = compile(&(services(primary, &[mirror]) + &compared("mirror: {host: a}", "{}")));
+    let clusters = Clusters::new();
+    let client = stack(&it, &clusters);
+    let post = Request::post("http://reviews/rate").header("x-user", "jane").body(Body::from("hi")).unwrap();
+    assert_eq!(send(&client, post).await.status, 200);
+    let diffs = clusters.mirroring().diffs();
+    until(|| diffs.to_json()["comparisons"][0]["different"] == 1).await;
+    assert_eq!((diffs.captured().as_str(), &diffs.to_json()["captured"]), ("", &0.into()));
+    assert!(!diffs.to_json().to_string().contains("jane"));
 }
 
 #[tokio::test]
