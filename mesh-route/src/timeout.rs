@@ -1,8 +1,9 @@
 //! How long a request may take.
 //!
 //! The timeout of the route (VS-T01) goes from the end of the request to the end of the response. The timer starts when
-//! the whole request has been received, so a slow upload is not counted. It covers everything after that: waiting for a
-//! connection, every attempt, and the body of the response. A route without a timeout has none of this.
+//! the whole request has been received, so a slow upload is not counted; one that nobody has begun to read is waited for
+//! as if it were whole. It covers everything after that: waiting for a connection, every attempt, and the body of the
+//! response. A route without a timeout has none of this.
 //!
 //! A try has its own (VS-Y02), up to the head of its response. The idle timeout runs from the beginning, and begins
 //! again with whatever passes: what the upstream takes of the request, and what it sends. Whoever lets it pass before

@@ -399,6 +399,8 @@ where
                         }
                     };
                     let Some(kept) = kept else { return Poll::Ready(outcome) };
+                    // Its request comes back when it is dropped.
+                    this.state.set(State::Readying);
                     match kept.after(outcome, cx) {
                         Next::Done(outcome) => return Poll::Ready(outcome),
                         Next::Pause(sleep) => State::Pausing(sleep),

@@ -1,9 +1,13 @@
 //! The deadline of one exchange: its time starts when the whole request has been received. That of one that idles starts
 //! at once, and again with each piece of the request that the upstream takes.
+//!
+//! What is here already has been received. Of a body that streams nobody knows before somebody asks for it, and nobody
+//! does while a connection is made or waited for: until then the time runs, as for any other. It stands still from the
+//! first time that the body is asked for, and starts again at its end, so that it does not cut an upload.
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -23,9 +27,9 @@ pub(crate) struct Deadline(Option<Box<Timer>>);
 pub(super) struct Measured {
     /// Where the timer is kept afterwards.
     timers: Arc<Timers>,
-    /// What it waits for before it starts.
+    /// What puts it off: a request that is still to be received.
     received: Option<Arc<Received>>,
-    /// Whether it runs meanwhile too, and starts again with each piece that passes.
+    /// Whether it runs while that is received too, and starts again with each piece that passes.
     idles: bool,
     /// Another one, which began at another time.
     beside: Option<Deadline>,
@@ -39,8 +43,9 @@ struct Received {
     progress: Mutex<Progress>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Progress {
+    /// `None` while the time stands still.
     deadline: Option<Instant>,
     /// Whether the whole request has been received.
     whole: bool,
@@ -49,22 +54,20 @@ struct Progress {
 
 impl Deadline {
     /// A deadline for a request with this body; the body says when it has been received. `error` is what passes in the
-    /// place of the exchange.
+    /// place of the exchange. One that is too far off for the clock never passes.
     pub(crate) fn new(
         timers: &Arc<Timers>,
         timeout: Duration,
         body: &mut Body,
         error: fn() -> Error,
     ) -> Self {
+        let Some(at) = Instant::now().checked_add(timeout) else { return Self(None) };
         let mut timer = timers.take();
+        timer.set(at);
         let mut received = None;
-        if body.is_end_stream() {
-            timer.set(Instant::now() + timeout);
-        } else {
-            let request = Arc::new(Received { timeout, progress: Mutex::default() });
-            let hook = OnReceived { request: Arc::clone(&request), by_piece: false };
-            *body = std::mem::take(body).with_hook(hook);
-            received = Some(request);
+        if !body.is_end_stream() && body.as_full().is_none() {
+            let progress = Progress { deadline: Some(at), whole: false, waiting: None };
+            received = Some(Received::by(body, timeout, progress, false));
         }
         timer.of = Some(Measured { timers: Arc::clone(timers), received, idles: false, beside: None, error });
         Self(Some(timer))
@@ -77,18 +80,15 @@ impl Deadline {
         body: &mut Body,
         beside: Option<Self>,
     ) -> Self {
+        let Some(at) = Instant::now().checked_add(timeout) else { return beside.unwrap_or(Self(None)) };
         let mut timer = timers.take();
-        let at = Instant::now() + timeout;
         timer.set(at);
         // What is here already is nobody's to wait for.
         let whole = body.as_full().is_some();
         let progress = Progress { deadline: Some(at), whole, waiting: None };
-        let request = Arc::new(Received { timeout, progress: Mutex::new(progress) });
-        let hook = OnReceived { request: Arc::clone(&request), by_piece: true };
-        *body = std::mem::take(body).with_hook(hook);
         timer.of = Some(Measured {
             timers: Arc::clone(timers),
-            received: Some(request),
+            received: Some(Received::by(body, timeout, progress, true)),
             idles: true,
             beside,
             error: super::idle,
@@ -99,32 +99,22 @@ impl Deadline {
     /// Its error, when it has passed.
     pub(crate) fn poll_passed(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
         let Some(timer) = self.0.as_mut() else { return Poll::Pending };
-        let Some(Measured { received, idles, beside, error, .. }) = &mut timer.of else {
-            return Poll::Pending;
-        };
-        if let Some(beside) = beside
+        if let Some(Measured { beside: Some(beside), .. }) = &mut timer.of
             && let Poll::Ready(error) = beside.poll_passed(cx)
         {
             return Poll::Ready(error);
         }
-        let error = *error;
-        if *idles && let Some(request) = received {
-            let request = Arc::clone(request);
-            loop {
-                ready!(timer.poll(cx));
-                let (at, whole) = request.progress();
-                if at.is_none_or(|at| at <= Instant::now()) {
-                    return Poll::Ready(if whole { error() } else { super::idle_request() });
-                }
-                at.into_iter().for_each(|at| timer.set(at));
+        loop {
+            ready!(timer.poll(cx));
+            let Some(Measured { received, idles, error, .. }) = &timer.of else { return Poll::Pending };
+            let Some(request) = received else { return Poll::Ready(error()) };
+            // It was set for what was known then.
+            let (at, whole) = ready!(request.poll(cx));
+            if at <= Instant::now() {
+                return Poll::Ready(if *idles && !whole { super::idle_request() } else { error() });
             }
-        }
-        if let Some(request) = received {
-            let at = ready!(request.poll(cx));
-            *received = None;
             timer.set(at);
         }
-        timer.poll(cx).map(|()| error())
     }
 }
 
@@ -155,34 +145,43 @@ impl Drop for Deadline {
 }
 
 impl Received {
-    /// Until when it may idle, and whether the request is whole.
-    fn progress(&self) -> (Option<Instant>, bool) {
-        let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        (progress.deadline, progress.whole)
+    /// Told by this body, with each of its pieces or when it begins and ends.
+    fn by(body: &mut Body, timeout: Duration, progress: Progress, by_piece: bool) -> Arc<Self> {
+        let request = Arc::new(Self { timeout, progress: Mutex::new(progress) });
+        let hook = OnReceived { request: Arc::clone(&request), by_piece, begun: false };
+        *body = std::mem::take(body).with_hook(hook);
+        request
     }
 
-    fn poll(&self, cx: &Context<'_>) -> Poll<Instant> {
-        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Until when there is time, and whether the request is whole.
+    fn poll(&self, cx: &Context<'_>) -> Poll<(Instant, bool)> {
+        let mut progress = self.lock();
         match progress.deadline {
-            Some(deadline) => Poll::Ready(deadline),
+            Some(deadline) => Poll::Ready((deadline, progress.whole)),
             None => {
                 progress.waiting = Some(cx.waker().clone());
                 Poll::Pending
             }
         }
     }
+
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 struct OnReceived {
     request: Arc<Received>,
     by_piece: bool,
+    /// Whether the body was asked for.
+    begun: bool,
 }
 
 impl OnReceived {
     fn start(&self, whole: bool) {
         let waiting = {
-            let mut progress = self.request.progress.lock().unwrap_or_else(PoisonError::into_inner);
-            progress.deadline = Some(Instant::now() + self.request.timeout);
+            let mut progress = self.request.lock();
+            progress.deadline = Instant::now().checked_add(self.request.timeout);
             progress.whole |= whole;
             progress.waiting.take()
         };
@@ -193,6 +192,13 @@ impl OnReceived {
 }
 
 impl BodyHook for OnReceived {
+    fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<Error> {
+        if !std::mem::replace(&mut self.begun, true) && !self.by_piece {
+            self.request.lock().deadline = None;
+        }
+        Poll::Pending
+    }
+
     fn on_data(&mut self, _: &Bytes) {
         if self.by_piece {
             self.start(false);
@@ -200,7 +206,10 @@ impl BodyHook for OnReceived {
     }
 
     fn on_end(&mut self, end: EndOfBody<'_>) {
-        self.start(matches!(end, EndOfBody::Complete));
+        // The time of one that nobody asked for runs already.
+        if self.begun || self.by_piece {
+            self.start(matches!(end, EndOfBody::Complete));
+        }
     }
 }
 

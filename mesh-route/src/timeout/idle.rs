@@ -35,11 +35,13 @@ impl Idle {
 
 impl BodyHook for Idle {
     fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
-        let timer = self.timer.get_or_insert_with(|| self.timers.take());
-        if !std::mem::replace(&mut self.waiting, true) {
-            timer.set(Instant::now() + self.timeout);
+        if !std::mem::replace(&mut self.waiting, true)
+            && let Some(at) = Instant::now().checked_add(self.timeout)
+        {
+            self.timer.get_or_insert_with(|| self.timers.take()).set(at);
         }
-        timer.poll(cx).map(|()| super::idle())
+        // Without one where the end is too far off for the clock.
+        self.timer.as_mut().map_or(Poll::Pending, |timer| timer.poll(cx).map(|()| super::idle()))
     }
 
     fn on_data(&mut self, _: &Bytes) {

@@ -292,6 +292,54 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn vs_t01_bug_a_service_that_hangs_and_leaves_the_body_unread_was_not_bounded_layer() {
+        let layer = TimeoutLayer::new(10 * SECOND);
+        for body in [Body::empty(), Body::from("whole"), slow([SECOND; 2])] {
+            let service = ServiceBuilder::new().layer(layer).service_fn(|request: Request<Body>| async {
+                let _unread = request;
+                std::future::pending::<Result<Response<Body>, Error>>().await
+            });
+            let started = Instant::now();
+            let request = Request::post("/").body(body).unwrap();
+            let late = tokio::time::timeout(100 * SECOND, service.oneshot(request)).await.unwrap();
+            assert_eq!(late.unwrap_err().flags(), ResponseFlags::UPSTREAM_REQUEST_TIMEOUT);
+            assert_eq!(started.elapsed(), 10 * SECOND);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn vs_t01_an_upload_that_begins_late_is_not_cut_and_starts_the_time_again_layer() {
+        let answered = |begins: u64, answers: u64| async move {
+            let layer = TimeoutLayer::new(10 * SECOND);
+            let service =
+                ServiceBuilder::new().layer(layer).service_fn(move |request: Request<Body>| async move {
+                    sleep(Duration::from_secs(begins)).await;
+                    request.into_body().collect().await?;
+                    sleep(Duration::from_secs(answers)).await;
+                    Ok::<_, Error>(Response::new(Body::empty()))
+                });
+            let started = Instant::now();
+            let request = Request::post("/").body(slow([8 * SECOND, 8 * SECOND])).unwrap();
+            (service.oneshot(request).await.is_ok(), started.elapsed())
+        };
+        assert_eq!(answered(9, 9).await, (true, 34 * SECOND));
+        assert_eq!(answered(9, 11).await, (false, 35 * SECOND));
+        assert_eq!(answered(11, 0).await, (false, 10 * SECOND));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn vs_t01_bug_a_limit_that_no_clock_can_tell_panicked_layer() {
+        let layer = TimeoutLayer::new(Duration::MAX);
+        for layer in [layer, layer.idle(Duration::MAX), layer.idle(Duration::MAX - SECOND)] {
+            for body in [Body::empty(), Body::from("whole"), slow([SECOND])] {
+                let request = Request::post("/").body(body).unwrap();
+                let (response, _) = exchange(layer, request, 1000 * SECOND, [1000 * SECOND; 2]).await;
+                assert!(matches!(response, Ok((StatusCode::OK, Ok(2)))), "{response:?}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn vs_t01_idle_begins_again_with_each_frame_layer() {
         let layer = TimeoutLayer::default().idle(5 * SECOND);
         let request = || Request::new(Body::empty());

@@ -3,15 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::Request;
 use http_body_util::BodyExt as _;
-use mesh_route::{Cluster, ClusterSpec, UpstreamProtocol};
-use mesh_testkit::scripted::{Reply, Scripted};
+use mesh_core::{Body, ClusterName};
+use mesh_route::{
+    Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, Mirror, RetryOn, RetryPolicy, UpstreamProtocol,
+};
+use mesh_testkit::scripted::{Reply, Script, Scripted};
 use mesh_testkit::until;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tower::ServiceExt as _;
 
-use crate::support::{BOTH, client, cluster_of, get, nothing_is_left};
+use crate::support::{BOTH, Host, Network, client, client_on, cluster_of, get, nothing_is_left, outcome};
 
 fn cluster(upstream: &Scripted, change: impl FnOnce(&mut ClusterSpec)) -> Arc<Cluster> {
     cluster_of(&[upstream.addr], change)
@@ -45,6 +49,96 @@ async fn a3_an_upstream_that_never_answers_is_given_up_in_time() {
         if protocol == UpstreamProtocol::Http1 {
             let runtime = cluster.runtime().unwrap();
             until("the connections to close", async || runtime.connections() == 0).await;
+        }
+    }
+}
+
+/// A body of one piece, and one that streams.
+fn posts() -> [Request<Body>; 2] {
+    let streamed = Body::new(Body::from("hello").map_frame(|frame| frame));
+    [Body::from("hello"), streamed].map(|body| Request::post("http://up/").body(body).unwrap())
+}
+
+#[tokio::test(start_paused = true)]
+async fn vs_t01_bug_a_request_with_a_body_waited_for_a_connection_without_an_end() {
+    let half = Duration::from_millis(500);
+    for protocol in BOTH {
+        let network = Network::default();
+        let silent = network.host(Host::Silent);
+        let connecting = cluster_of(&[silent], |spec| {
+            spec.protocol = protocol;
+            spec.pool.connect_timeout = Duration::from_secs(10);
+        });
+        let client = network.client(&connecting, |route| route.timeout(half));
+        for request in posts() {
+            let started = Instant::now();
+            assert_eq!(outcome(&client, request).await, "504 UT response_timeout");
+            assert_eq!(started.elapsed(), half);
+        }
+        nothing_is_left(&connecting, || 0).await;
+    }
+    // In the queue for the one connection.
+    let network = Network::default();
+    let up = Script::new("up", |_| Reply::After(Duration::from_secs(1800), 200));
+    let busy = network.host(Host::script(&up, UpstreamProtocol::Http1));
+    let queued = cluster_of(&[busy], |spec| spec.pool.max_connections = 1);
+    let shard = network.shard(1);
+    let first = client_on(Arc::clone(&shard), &queued, |route| route);
+    let first = tokio::spawn(async move { outcome(&first, get()).await });
+    until("the connection to be taken", async || up.requests() == 1).await;
+    let client = client_on(shard, &queued, |route| route.timeout(half));
+    for request in posts() {
+        let started = Instant::now();
+        assert_eq!(outcome(&client, request).await, "504 UT response_timeout");
+        assert_eq!(started.elapsed(), half);
+    }
+    first.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn vs_t01_bug_a_copy_with_a_body_was_in_flight_without_an_end() {
+    let network = Network::default();
+    let up = Script::new("up", |_| Reply::Status(200));
+    let addr = network.host(Host::script(&up, UpstreamProtocol::Http1));
+    let hung = Script::new("hung", |_| Reply::Hang);
+    let mirror = network.host(Host::script(&hung, UpstreamProtocol::Http1));
+    let named = |name: &str, addr, most| {
+        let endpoints = Discovery::Static(vec![EndpointSpec::new(addr)]);
+        let mut spec = ClusterSpec::new(ClusterName::custom(name), endpoints);
+        spec.pool.max_connections = most;
+        Arc::new(Cluster::new(spec))
+    };
+    let (primary, mirror) = (named("up", addr, 100), named("hung", mirror, 1));
+    let clusters = Clusters::new();
+    clusters.reconcile(&[Arc::clone(&primary), Arc::clone(&mirror)]);
+    let client = network.client(&primary, |route| {
+        route.timeout(Duration::from_secs(5)).mirror(Mirror::new(Arc::clone(&mirror)))
+    });
+    let started = Instant::now();
+    for _ in 0..10 {
+        for request in posts() {
+            assert!(outcome(&client, request).await.starts_with("200"));
+        }
+    }
+    // One is sent, the others wait for its connection; each has the time of the route.
+    assert_eq!(clusters.mirroring().in_flight(), 20);
+    until("the copies to be given up", async || clusters.mirroring().in_flight() == 0).await;
+    assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn vs_t01_bug_a_limit_that_no_clock_can_tell_panicked() {
+    let network = Network::default();
+    let up = Script::new("up", |_| Reply::After(Duration::from_secs(1), 200));
+    let cluster = cluster_of(&[network.host(Host::script(&up, UpstreamProtocol::Http1))], |_| {});
+    let client = network.client(&cluster, |route| {
+        let policy = RetryPolicy::new(1, RetryOn::parse("5xx").unwrap()).per_try_timeout(Duration::MAX);
+        route.idle_timeout(Duration::MAX).retry(policy)
+    });
+    let bounded = network.client(&cluster, |route| route.timeout(Duration::MAX).idle_timeout(Duration::MAX));
+    for client in [client, bounded] {
+        for request in posts().into_iter().chain([get()]) {
+            assert!(outcome(&client, request).await.starts_with("200"));
         }
     }
 }

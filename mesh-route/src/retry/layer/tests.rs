@@ -130,6 +130,50 @@ async fn vs_y02_a_try_that_takes_too_long_is_one_that_failed_layer() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn vs_y02_bug_a_try_that_hangs_and_leaves_the_body_unread_was_not_given_up_layer() {
+    let streamed = || Body::new(Body::full(vec![7; 70_000]).map_frame(|frame| frame));
+    for on in ["connect-failure,retriable-4xx,5xx", "connect-failure,reset"] {
+        for (body, length) in
+            [(Body::from("abc"), 3), (Body::full(vec![7; 70_000]), 70_000), (streamed(), 70_000)]
+        {
+            let calls = Arc::new(AtomicU32::new(0));
+            let counted = Arc::clone(&calls);
+            let service = service_fn(move |request: Request<Body>| {
+                let first = counted.fetch_add(1, Ordering::Relaxed) == 0;
+                async move {
+                    if first {
+                        let _unread = request;
+                        std::future::pending::<()>().await;
+                        unreachable!();
+                    }
+                    let body = request.into_body().collect().await?.to_bytes();
+                    Ok::<_, Error>(Response::new(Body::from(body)))
+                }
+            });
+            let policy =
+                policy(1, on).per_try_timeout(Duration::from_secs(2)).backoff(Backoff::new(Duration::ZERO));
+            let (request, context) = request(body);
+            let started = Instant::now();
+            let answered = RetryLayer::new(policy).layer(service).oneshot(request);
+            let answered = tokio::time::timeout(Duration::from_secs(60), answered).await.unwrap();
+            let sent = answered.unwrap().into_body().collect().await.unwrap().to_bytes();
+            assert_eq!(sent.len(), length, "{on}");
+            assert_eq!((calls.load(Ordering::Relaxed), context.flags()), (2, ResponseFlags::NONE), "{on}");
+            assert_eq!(started.elapsed(), Duration::from_secs(2));
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn vs_y02_bug_a_try_without_an_end_panicked_layer() {
+    let policy = policy(1, "5xx").per_try_timeout(Duration::MAX);
+    for body in [Body::empty(), Body::from("abc")] {
+        let service = RetryLayer::new(policy.clone()).layer(Scripted::new([Act::Answer(200)]).service());
+        assert_eq!(service.oneshot(request(body).0).await.unwrap().status(), 200);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn vs_y05_what_is_ours_is_no_answer_layer() {
     let upstream = Scripted::new([Act::ReadThenFail(ErrorKind::UpstreamReset)]);
     let service = RetryLayer::new(policy(3, "503")).layer(upstream.service());
