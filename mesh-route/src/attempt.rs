@@ -209,7 +209,8 @@ impl<'a> Attempt<'a> {
                         books: Books {
                             lease: Some(lease),
                             _slot: None,
-                            deadline: None,
+                            // An upload puts off the idle timeout of its response too.
+                            deadline: deadline.filter(Deadline::idles),
                             idle: None,
                             endpoint: Arc::clone(&endpoint),
                             _in_flight: in_flight,
@@ -370,7 +371,8 @@ impl<'a> Attempt<'a> {
         idle: Option<Duration>,
         on_upgrade: Option<OnUpgrade>,
     ) -> Result<Response<Body>, Error> {
-        let Answer { mut response, first, books, took, .. } = answer;
+        let Answer { mut response, first, mut books, took, .. } = answer;
+        let head = books.deadline.take();
         self.cx.set_details("via_upstream");
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             let Some(downstream) = on_upgrade else {
@@ -405,7 +407,7 @@ impl<'a> Attempt<'a> {
                 books.close(true);
                 body
             } else {
-                let idle = idle.map(|idle| Idle::new(self.shard.timers(), idle));
+                let idle = idle.map(|idle| Idle::new(self.shard.timers(), idle).beside(head));
                 body.with_hook(Books { idle, ..books })
             }
         }))

@@ -96,6 +96,20 @@ impl Deadline {
         Self(Some(timer))
     }
 
+    /// Whether it runs from one piece of the request to the next.
+    pub(crate) fn idles(&self) -> bool {
+        self.0.as_ref().and_then(|timer| timer.of.as_ref()).is_some_and(|measured| measured.idles)
+    }
+
+    /// The timer, with what puts it off.
+    pub(super) fn into_timer(mut self) -> Option<Box<Timer>> {
+        let mut timer = self.0.take()?;
+        if let Some(measured) = &mut timer.of {
+            measured.beside = None;
+        }
+        Some(timer)
+    }
+
     /// Its error, when it has passed.
     pub(crate) fn poll_passed(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
         let Some(timer) = self.0.as_mut() else { return Poll::Pending };
@@ -141,6 +155,13 @@ impl Drop for Deadline {
         {
             timers.keep(timer);
         }
+    }
+}
+
+impl Measured {
+    /// Until when nothing of the request need pass.
+    pub(super) fn put_off(&self) -> Option<Instant> {
+        self.received.as_ref().and_then(|request| request.lock().deadline)
     }
 }
 

@@ -1,7 +1,8 @@
-//! The idle timeout of a response: nothing of its body was received for too long.
+//! The idle timeout of a response: nothing of its body was received for too long, and nothing of its request either where
+//! that is still on its way.
 
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,6 +10,7 @@ use http::HeaderMap;
 use mesh_core::{BodyHook, EndOfBody, Error};
 use tokio::time::Instant;
 
+use super::deadline::{Deadline, Measured};
 use super::timers::{Timer, Timers};
 
 /// Ends a body of which nothing is received for `timeout`. The time between frames in which nobody asked for one is not
@@ -16,7 +18,7 @@ use super::timers::{Timer, Timers};
 #[derive(Debug)]
 pub(crate) struct Idle {
     timeout: Duration,
-    /// There, once it was waited for.
+    /// There, once it was waited for; at once where a request puts it off.
     timer: Option<Box<Timer>>,
     timers: Arc<Timers>,
     waiting: bool,
@@ -25,6 +27,12 @@ pub(crate) struct Idle {
 impl Idle {
     pub(crate) fn new(timers: &Arc<Timers>, timeout: Duration) -> Self {
         Self { timeout, timer: None, timers: Arc::clone(timers), waiting: false }
+    }
+
+    /// Put off too by what passes of the request, as the time until the head was.
+    pub(crate) fn beside(mut self, head: Option<Deadline>) -> Self {
+        self.timer = head.filter(Deadline::idles).and_then(Deadline::into_timer);
+        self
     }
 
     /// A frame passed.
@@ -40,8 +48,15 @@ impl BodyHook for Idle {
         {
             self.timer.get_or_insert_with(|| self.timers.take()).set(at);
         }
-        // Without one where the end is too far off for the clock.
-        self.timer.as_mut().map_or(Poll::Pending, |timer| timer.poll(cx).map(|()| super::idle()))
+        // None where the end is too far off for the clock.
+        let Some(timer) = &mut self.timer else { return Poll::Pending };
+        loop {
+            ready!(timer.poll(cx));
+            match timer.of.as_ref().and_then(Measured::put_off).filter(|at| *at > Instant::now()) {
+                Some(at) => timer.set(at),
+                None => return Poll::Ready(super::idle()),
+            }
+        }
     }
 
     fn on_data(&mut self, _: &Bytes) {

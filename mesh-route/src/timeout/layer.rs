@@ -171,7 +171,7 @@ where
             let mut body = Body::new(body);
             if !body.is_end_stream() {
                 if let Some(idle) = this.idle.take() {
-                    body = body.with_hook(idle);
+                    body = body.with_hook(idle.beside(this.head.take()));
                 }
                 if let Some(deadline) = this.whole.take() {
                     body = body.with_hook(deadline);
@@ -352,6 +352,26 @@ mod tests {
         let (response, took) = exchange(layer, request(), SECOND, [SECOND, 6 * SECOND]).await;
         assert_eq!(response.unwrap().1.unwrap_err().flags(), ResponseFlags::STREAM_IDLE_TIMEOUT);
         assert_eq!(took, 7 * SECOND);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn vs_t01_bug_an_upload_that_went_on_after_the_head_was_cut_as_idle_layer() {
+        let layer = TimeoutLayer::default().idle(5 * SECOND);
+        let ended = |upload: [Duration; 4]| async move {
+            let service =
+                ServiceBuilder::new().layer(layer).service_fn(|request: Request<Body>| async move {
+                    tokio::spawn(request.into_body().collect());
+                    Ok::<_, Error>(Response::new(slow([1000 * SECOND])))
+                });
+            let started = Instant::now();
+            let request = Request::post("/").body(slow(upload)).unwrap();
+            let response = service.oneshot(request).await.unwrap();
+            let error = response.into_body().collect().await.unwrap_err();
+            assert_eq!(error.flags(), ResponseFlags::STREAM_IDLE_TIMEOUT);
+            started.elapsed()
+        };
+        assert_eq!(ended([4 * SECOND; 4]).await, 21 * SECOND, "after its end");
+        assert_eq!(ended([4 * SECOND, 4 * SECOND, 9 * SECOND, SECOND]).await, 13 * SECOND);
     }
 
     #[tokio::test(start_paused = true)]

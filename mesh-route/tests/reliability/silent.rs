@@ -1,11 +1,14 @@
 //! Upstreams that never answer, or stop in the middle (A3, A4).
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::Request;
 use http_body_util::BodyExt as _;
-use mesh_core::{Body, ClusterName};
+use http_body_util::channel::Channel;
+use mesh_core::{Body, ClusterName, Error};
 use mesh_route::{
     Cluster, ClusterSpec, Clusters, Discovery, EndpointSpec, Mirror, RetryOn, RetryPolicy, UpstreamProtocol,
 };
@@ -124,6 +127,55 @@ async fn vs_t01_bug_a_copy_with_a_body_was_in_flight_without_an_end() {
     assert_eq!(clusters.mirroring().in_flight(), 20);
     until("the copies to be given up", async || clusters.mirroring().in_flight() == 0).await;
     assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
+}
+
+/// Answers at once, and says how much it received when it has received all.
+fn counts(protocol: UpstreamProtocol) -> Host {
+    use hyper::server::conn::{http1, http2};
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+    Host::Serves(Arc::new(move |stream| {
+        let service = hyper::service::service_fn(|request: Request<hyper::body::Incoming>| async move {
+            let (mut tell, body) = Channel::<Bytes, Error>::new(1);
+            tokio::spawn(async move {
+                if let Ok(all) = request.into_body().collect().await {
+                    let _ = tell.send_data(all.to_bytes().len().to_string().into()).await;
+                }
+            });
+            Ok::<_, Infallible>(http::Response::new(body))
+        });
+        let stream = TokioIo::new(stream);
+        tokio::spawn(async move {
+            let _ = match protocol {
+                UpstreamProtocol::Http2 => {
+                    http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await
+                }
+                _ => http1::Builder::new().serve_connection(stream, service).await,
+            };
+        });
+    }))
+}
+
+#[tokio::test(start_paused = true)]
+async fn vs_t01_bug_an_upload_that_went_on_after_the_head_was_cut_as_idle() {
+    for protocol in BOTH {
+        let network = Network::default();
+        let cluster = cluster_of(&[network.host(counts(protocol))], |spec| spec.protocol = protocol);
+        let client = network.client(&cluster, |route| route.idle_timeout(Duration::from_secs(5)));
+        let upload = |pause: u64| {
+            let (mut feed, body) = Channel::<Bytes, Error>::new(1);
+            tokio::spawn(async move {
+                for _ in 0..5 {
+                    tokio::time::sleep(Duration::from_secs(pause)).await;
+                    if feed.send_data(Bytes::from_static(b"x")).await.is_err() {
+                        return;
+                    }
+                }
+            });
+            outcome(&client, Request::post("http://up/").body(Body::new(body)).unwrap())
+        };
+        assert_eq!(upload(4).await, "200 - 5", "{protocol:?}");
+        assert_eq!(upload(6).await, "200 cut SI", "{protocol:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
