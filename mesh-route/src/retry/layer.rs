@@ -33,7 +33,8 @@ use crate::timeout::{Deadline, Limits, Timers};
 /// The back-off is drawn with full jitter. A try that takes longer than the policy's `per_try_timeout` fails. The
 /// service hears the number of the try as `x-envoy-attempt-count`. A [`RetryState`] that is shared bounds the retries of
 /// a process; what it or the attempts refuse leaves the answer as it was, with the flag `UO` or `URX`. A body is sent
-/// again when the service had not begun to read it, or had read it whole and it has at most 64 KiB (VS-Y08).
+/// again when the service had not begun to read it, or had read it whole and it has at most 64 KiB (VS-Y08),
+/// for which each of its pieces counts for 512 bytes at least.
 ///
 /// Only what the error of the service tells is known of a failure: an error that is not a [`mesh_core::Error`] is a
 /// defect, which no condition of a policy means. [`upstream_error`](crate::upstream_error) makes one of hyper's.
