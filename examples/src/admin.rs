@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Instant, SystemTime};
 
 use http::header::{ALLOW, CONTENT_TYPE};
+use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use mesh_core::config::Workload;
 use mesh_core::diagnostics::{Diagnostic, Severity};
@@ -22,6 +23,7 @@ use serde_json::{Value, json};
 
 use crate::control::Status;
 use crate::explain::Question;
+use crate::status::{Controls, Probers};
 
 /// What the endpoints show.
 #[derive(Debug)]
@@ -56,6 +58,10 @@ pub struct Admin {
     pub access_log: Option<DroppedLines>,
     /// When the process began.
     pub started: Instant,
+    /// What the status port asks of the process.
+    pub controls: Controls,
+    /// The probes of the application, which the status port answers.
+    pub probers: Probers,
 }
 
 /// Which endpoints a port serves.
@@ -65,7 +71,7 @@ pub enum Port {
     Admin,
     /// `/stats/prometheus`: Istio's 15090.
     Prometheus,
-    /// Health and statistics: Istio's 15020.
+    /// Health, statistics and what Istio's agent answers ([`status`](crate::status)): Istio's 15020.
     Status,
     /// Health: Istio's 15021.
     Health,
@@ -94,18 +100,29 @@ impl Admin {
         let admin = Arc::clone(self);
         tower::service_fn(move |request: Request<Body>| {
             let admin = Arc::clone(&admin);
-            async move { Ok::<_, Infallible>(admin.respond(port, &request)) }
+            let head = request.into_parts().0;
+            async move {
+                if port == Port::Status {
+                    if let Some(response) = admin.controls.answer(&head) {
+                        return Ok(response);
+                    }
+                    if Probers::owns(head.uri.path()) {
+                        return Ok(admin.probers.answer(&head).await);
+                    }
+                }
+                Ok::<_, Infallible>(admin.respond(port, &head))
+            }
         })
     }
 
-    fn respond(&self, port: Port, request: &Request<Body>) -> Response<Body> {
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+    fn respond(&self, port: Port, head: &Parts) -> Response<Body> {
+        if !matches!(head.method, Method::GET | Method::HEAD) {
             let mut response =
                 text(StatusCode::METHOD_NOT_ALLOWED, "these endpoints are read with GET\n".to_owned());
             response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
             return response;
         }
-        let path = request.uri().path();
+        let path = head.uri.path();
         let health = matches!(path, "/healthz/ready");
         let stats = matches!(path, "/stats/prometheus");
         let served = match port {
@@ -128,8 +145,8 @@ impl Admin {
             "/canary" => json(StatusCode::OK, &dump::canaries(&self.canaries)),
             "/listeners" => json(StatusCode::OK, &listeners(&server)),
             "/server_info" => json(StatusCode::OK, &self.server_info(&server)),
-            "/explain" => self.explain(request.uri().query().unwrap_or("")),
-            "/mirror_diff" => self.mirror_diff(request.uri().query()),
+            "/explain" => self.explain(head.uri.query().unwrap_or("")),
+            "/mirror_diff" => self.mirror_diff(head.uri.query()),
             "/stats/prometheus" => text(StatusCode::OK, self.prometheus(&server)),
             _ => not_found(port),
         }

@@ -96,7 +96,8 @@ pub struct Common {
     #[arg(long, value_name = "ADDR")]
     pub prometheus: Option<SocketAddr>,
 
-    /// Also serve /healthz/ready and /stats/prometheus here (Istio's 15020)
+    /// Also serve /healthz/ready, /stats/prometheus, /app-health/ (as ISTIO_KUBE_APP_PROBERS says), and POST /drain and
+    /// /quitquitquit here (Istio's 15020)
     #[arg(long, value_name = "ADDR")]
     pub status: Option<SocketAddr>,
 

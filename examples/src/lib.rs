@@ -15,6 +15,7 @@ pub mod replay;
 mod run;
 pub mod security;
 mod simulate;
+pub mod status;
 
 pub use run::{gateway, sidecar};
 

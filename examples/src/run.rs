@@ -13,7 +13,8 @@ use mesh_core::config::{CompileContext, Role};
 use mesh_core::diagnostics::Severity;
 use mesh_core::istio::SourceFile;
 use mesh_core::server::{
-    BindError, DrainTimes, Drained, ListenerProtocol, ListenerSpec, Server, ServerLimits, WithTls, serve_here,
+    BindError, DrainTimes, Drained, ListenerProtocol, ListenerSpec, Phase, Server, ServerLimits, WithTls,
+    serve_here,
 };
 use mesh_core::watch::VANISHED;
 use mesh_core::{ClusterName, Direction, GatewayListener, Panics, Slot, vendor};
@@ -32,6 +33,7 @@ use crate::compose::{self, Parts};
 use crate::control::{Control, Sources};
 use crate::credentials::Places;
 use crate::security::Security;
+use crate::status::{Controls, Probers};
 use crate::{demo, logging, replay, simulate};
 
 /// How often the demo says what its applications have seen.
@@ -222,6 +224,7 @@ struct Proxy {
     apps: Vec<Arc<Cluster>>,
     addresses: Vec<(String, SocketAddr)>,
     reconciling: Arc<Turns>,
+    controls: Controls,
     started: Instant,
 }
 
@@ -258,6 +261,7 @@ impl Proxy {
             apps: Vec::new(),
             addresses: Vec::new(),
             reconciling: Arc::default(),
+            controls: Controls::default(),
             started: mesh_core::clock::now(),
         })
     }
@@ -439,6 +443,8 @@ impl Proxy {
             workload,
             access_log: self.sink.as_ref().map(AccessLogSink::dropped_lines),
             started: self.started,
+            controls: self.controls.clone(),
+            probers: Probers::from_env().map_err(Failure::Other)?,
         });
         let ports = [
             ("admin", Some(self.common.admin), Port::Admin, "--admin"),
@@ -482,10 +488,20 @@ impl Proxy {
         let mut watcher = self.control.watcher(&self.files);
         // Until when a configuration waits for the rest of it.
         let mut waits: Option<Instant> = None;
+        let controls = self.controls.clone();
+        let mut joins = false;
         loop {
             let mut at_once = false;
             let files = tokio::select! {
                 () = either(&mut signals.terminate, &mut signals.interrupt) => break,
+                () = controls.quit.notified() => {
+                    joins = true;
+                    break;
+                }
+                () = controls.drain.notified() => {
+                    self.drain_and_stay()?;
+                    continue;
+                }
                 Some(()) = signals.hangup.recv() => {
                     at_once = true;
                     match &mut watcher {
@@ -533,16 +549,42 @@ impl Proxy {
             };
             waits = None;
             self.say(&outcome);
-            if outcome.accepted {
+            // What drains opens no listener.
+            if outcome.accepted && self.server()?.drain().phase() == Phase::Serving {
                 applied(&mut self);
             }
         }
-        self.drain(either(&mut signals.terminate, &mut signals.interrupt)).await
+        let again = async {
+            // The kubelet's signal is the first one, whoever asked for the end before it.
+            if joins {
+                either(&mut signals.terminate, &mut signals.interrupt).await;
+                tracing::info!("a signal joins the drain; another one ends it at once");
+            }
+            either(&mut signals.terminate, &mut signals.interrupt).await;
+        };
+        self.drain(again).await
+    }
+
+    fn drain_times(&self) -> DrainTimes {
+        DrainTimes { drain_time: self.common.drain_time, deadline: self.common.drain_deadline }
+    }
+
+    /// Drains beside everything else; the end of the process joins it where it stands.
+    fn drain_and_stay(&self) -> Result<(), Failure> {
+        let (drain, times) = (self.server()?.drain().clone(), self.drain_times());
+        if drain.phase() == Phase::Serving {
+            tracing::info!("draining, and staying");
+            tokio::spawn(async move {
+                let drained = drain.run(times, std::future::pending()).await;
+                tracing::info!(?drained, "the listeners are drained");
+            });
+        }
+        Ok(())
     }
 
     async fn drain(mut self, again: impl Future<Output = ()>) -> Result<(), Failure> {
         tracing::info!("draining");
-        let times = DrainTimes { drain_time: self.common.drain_time, deadline: self.common.drain_deadline };
+        let times = self.drain_times();
         let server = Arc::clone(self.server()?);
         match server.drain().run(times, again).await {
             Drained::Finished => tracing::info!("drained, nothing was in flight"),
