@@ -334,9 +334,11 @@ impl ClusterRuntime {
         if endpoint.is_retired() {
             return;
         }
+        // Before the detector is locked: who counts them may lock what another holds who waits for the detector.
+        let endpoints = endpoints();
         let mut detector = self.detector();
         let now = mesh_core::clock::now();
-        if detector.trip(config, endpoint.addr(), evidence, endpoints(), now) {
+        if detector.trip(config, endpoint.addr(), evidence, endpoints, now) {
             endpoint.set_ejected(true);
             self.availability_changed();
         }
@@ -478,6 +480,7 @@ impl fmt::Debug for ClusterRuntime {
 
 #[cfg(test)]
 mod tests {
+    use http::StatusCode;
     use rand::rngs::SmallRng;
     use rand::{RngExt as _, SeedableRng as _};
 
@@ -543,6 +546,19 @@ mod tests {
         assert_eq!(clusters.runtimes().len(), 1);
         drop(first);
         assert_eq!(clusters.runtimes().len(), 0);
+    }
+
+    #[test]
+    fn dr_od03_the_endpoints_are_counted_before_the_detector_is_locked() {
+        let runtime = ClusterRuntime::alone(ClusterName::custom("a"));
+        let endpoint = runtime.endpoint(([10, 0, 0, 1], 1).into(), &UpstreamTls::Disable);
+        let config = OutlierDetection { consecutive_5xx: 1, ..OutlierDetection::default() };
+        let mut is_free = false;
+        runtime.observe(&config, &endpoint, Observation::of_response(StatusCode::BAD_GATEWAY, None), || {
+            is_free = runtime.detector.try_lock().is_ok();
+            1
+        });
+        assert!(is_free, "who counts holds a lock of its own, and others take the two the other way round");
     }
 
     const COUNTERS: [fn(&ClusterRuntime) -> &AtomicU32; 4] = [
