@@ -316,7 +316,8 @@ impl ClusterRuntime {
 
     /// A place among the retries, if `maxRetries` and the budget have one.
     pub(crate) fn admit_retry(self: &Arc<Self>, spec: &ClusterSpec) -> Option<Permit<Self>> {
-        let active = || u64::from(self.requests()) + u64::from(self.pending());
+        // Those that wait for a connection hold their place among the requests already.
+        let active = || u64::from(self.requests());
         let acquire = |most| Permit::acquire(self, |runtime| runtime.retries.in_flight(), most);
         self.retries.admit(spec.pool.max_retries, spec.retry_budget.as_ref(), active, acquire)
     }
@@ -485,6 +486,7 @@ mod tests {
     use rand::{RngExt as _, SeedableRng as _};
 
     use super::*;
+    use crate::RetryBudget;
     use crate::cluster::{ClusterSpec, EndpointSpec};
 
     fn cluster(ports: &[u16]) -> Arc<Cluster> {
@@ -559,6 +561,22 @@ mod tests {
             1
         });
         assert!(is_free, "who counts holds a lock of its own, and others take the two the other way round");
+    }
+
+    #[test]
+    fn b1_a_request_that_waits_for_a_connection_counts_once_for_the_budget() {
+        let budget = RetryBudget { percent: 20.0, min_retry_concurrency: 0, ..RetryBudget::default() };
+        let mut spec = ClusterSpec::new(ClusterName::custom("a"), Discovery::Static(Vec::new()));
+        spec.retry_budget = Some(budget);
+        let runtime = Arc::new(ClusterRuntime::alone(ClusterName::custom("a")));
+        let waiting: Vec<_> = (0..10)
+            .flat_map(|_| [COUNTERS[2], COUNTERS[1]])
+            .map(|counter| Permit::acquire(&runtime, counter, 10).unwrap())
+            .collect();
+        assert_eq!((runtime.requests(), runtime.pending()), (10, 10));
+        let retries: Vec<_> = std::iter::from_fn(|| runtime.admit_retry(&spec)).take(10).collect();
+        assert_eq!(retries.len(), 2, "a fifth of ten");
+        drop((waiting, retries));
     }
 
     const COUNTERS: [fn(&ClusterRuntime) -> &AtomicU32; 4] = [
