@@ -61,7 +61,7 @@ pub(crate) struct Attempt<'a> {
     remote_localities: bool,
     /// A fault that is drawn for each try.
     pub(crate) fault: Option<&'a Fault>,
-    /// The endpoint of the try that is under way, for a timeout that ends it from outside.
+    /// The endpoint that has the request of the try that is under way, for a timeout that ends it from outside.
     current: Mutex<Option<Arc<Endpoint>>>,
 }
 
@@ -177,19 +177,22 @@ impl<'a> Attempt<'a> {
             let failure =
                 |error, unsent| Failure { error, unsent, endpoint: Some(endpoint.id()), injected: None };
             let in_flight = endpoint.start_request();
-            self.began(&endpoint);
             let open = if tries < UNSENT_TRIES { self.open(&endpoint, http2) } else { None };
             let mut lease = match open {
                 Some(lease) => lease,
-                // Boxed: a connection costs more than a box, and the future of every request would hold its making.
-                None => match Box::pin(self.lease(&endpoint, http2)).await {
-                    Ok(lease) => lease,
-                    Err(error) => {
-                        self.observe_failure(&endpoint, error.kind());
-                        return Err(failure(error, true));
+                None => {
+                    self.is_at(None);
+                    // Boxed: a connection costs more than a box, and the future of every request would hold its making.
+                    match Box::pin(self.lease(&endpoint, http2)).await {
+                        Ok(lease) => lease,
+                        Err(error) => {
+                            self.observe_failure(&endpoint, error.kind());
+                            return Err(failure(error, true));
+                        }
                     }
-                },
+                }
             };
+            self.is_at(Some(&endpoint));
             self.note(&endpoint, &mut lease);
             let mut deadline = limits.deadline(self.shard.timers(), request.body_mut());
             let sending = pin!(lease.send(std::mem::take(request)));
@@ -301,9 +304,11 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    fn began(&self, endpoint: &Arc<Endpoint>) {
+    /// Whose a timeout is from now on: the endpoint's that has the request, nobody's while it waits for a connection in
+    /// our own queue (DR-CP04).
+    fn is_at(&self, endpoint: Option<&Arc<Endpoint>>) {
         if self.cluster.spec().outlier_detection.is_some() {
-            *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(endpoint));
+            *self.current.lock().unwrap_or_else(PoisonError::into_inner) = endpoint.cloned();
         }
     }
 
