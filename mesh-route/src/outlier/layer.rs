@@ -149,15 +149,23 @@ impl<S> Layer<S> for OutlierDetectionLayer {
     type Service = DetectOutlier<S>;
 
     fn layer(&self, inner: S) -> DetectOutlier<S> {
-        DetectOutlier { inner, layer: self.clone() }
+        DetectOutlier { inner, is_ready: false, layer: self.clone() }
     }
 }
 
-/// The service of [`OutlierDetectionLayer`].
-#[derive(Clone, Debug)]
+/// The service of [`OutlierDetectionLayer`]. While the endpoint is ejected it is ready, whether or not the service is.
+#[derive(Debug)]
 pub struct DetectOutlier<S> {
     inner: S,
+    /// Whether `inner` has said that it is ready, and was not called since.
+    is_ready: bool,
     layer: OutlierDetectionLayer,
+}
+
+impl<S: Clone> Clone for DetectOutlier<S> {
+    fn clone(&self) -> Self {
+        self.layer.layer(self.inner.clone())
+    }
 }
 
 impl<S, B, R> Service<Request<B>> for DetectOutlier<S>
@@ -170,7 +178,11 @@ where
     type Future = ResponseFuture<S::Future>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        if !self.layer.group.takes(&self.layer.endpoint) {
+            return Poll::Ready(Ok(()));
+        }
         let ready = ready!(self.inner.poll_ready(cx)).map_err(Into::into);
+        self.is_ready = ready.is_ok();
         if let Err(error) = &ready
             && let Some(seen) = Observation::of_failure(error.kind())
         {
@@ -180,7 +192,9 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> ResponseFuture<S::Future> {
-        let state = if self.layer.group.takes(&self.layer.endpoint) {
+        // One that has returned since it was found ejected was not asked whether it is ready, and is not called.
+        let state = if self.is_ready && self.layer.group.takes(&self.layer.endpoint) {
+            self.is_ready = false;
             State::Asked(self.inner.call(request), Some(self.layer.clone()))
         } else {
             State::Ejected(Some(no_healthy_upstream()))
@@ -327,6 +341,49 @@ mod tests {
         assert_eq!([ask(&bad).await, ask(&bad).await, ask(&good).await], [500, 500, 200]);
         assert_eq!(group.with_outliers(Detector::ejected), 1);
         assert_eq!(ask(&bad).await, 500, "half is less than 60 %");
+    }
+
+    /// Ready as often as it is told, and broken when it is called without.
+    #[derive(Clone)]
+    struct ReadyTimes(Arc<AtomicU32>);
+
+    impl Service<Request<Body>> for ReadyTimes {
+        type Response = Response<Body>;
+        type Error = Error;
+        type Future = std::future::Ready<Result<Response<Body>, Error>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+            match self.0.load(Ordering::Relaxed) {
+                0 => Poll::Pending,
+                _ => Poll::Ready(Ok(())),
+            }
+        }
+
+        fn call(&mut self, _: Request<Body>) -> Self::Future {
+            let left = self.0.load(Ordering::Relaxed).checked_sub(1).expect("a call without being ready");
+            self.0.store(left, Ordering::Relaxed);
+            std::future::ready(Ok(Response::builder().status(500).body(Body::empty()).unwrap()))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dr_od02_an_ejected_endpoint_that_is_not_ready_is_refused_at_once_layer() {
+        let group = OutlierGroup::new("a", config());
+        let times = Arc::new(AtomicU32::new(2));
+        let mut service = group.endpoint(addr(1)).layer(ReadyTimes(Arc::clone(&times)));
+        assert_eq!([ask(&service).await, ask(&service).await], [500, 500]);
+        let refused = tokio::time::timeout(Duration::from_secs(1), ask(&service)).await;
+        assert_eq!(refused, Ok(5030), "nobody waits for who takes no request");
+        // It returns between the two calls: what was not ready then is not called.
+        service.ready().await.unwrap();
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        assert!(!service.layer.is_ejected());
+        assert_eq!(service.call(Request::new(Body::empty())).await.unwrap_err().status(), 503);
+        // Nor is a clone of one that was.
+        times.store(1, Ordering::Relaxed);
+        service.ready().await.unwrap();
+        assert!(service.clone().call(Request::new(Body::empty())).await.is_err());
+        assert_eq!(service.call(Request::new(Body::empty())).await.unwrap().status(), 500);
     }
 
     #[tokio::test(start_paused = true)]
