@@ -3,7 +3,10 @@
 //! **One probe.** Of an endpoint to which no connection has been made yet, or none since the last one failed, it is not
 //! known whether it is there. Then one request connects and the others wait for what comes of it: a crowd knocks once
 //! at a door that does not open, and fails together and not one after the other. As soon as one connection has been
-//! made, requests connect side by side.
+//! made, requests connect side by side, and a connection that fails changes nothing of it while another is open.
+//!
+//! **Whichever comes first.** Who waits, for a connection of its own or for what a probe finds out, stands in the queue
+//! for those that become free. No more connections are being made than there are requests that wait.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,8 +19,8 @@ use hyper_util::rt::TokioIo;
 use mesh_core::{Body, Error, Spoken};
 use tokio::sync::{Notify, oneshot};
 
-use super::{ConnMeta, Slot, again, pending, upstream_error};
-use crate::cluster::ClusterSpec;
+use super::{ConnMeta, Dial, Slot, again, pending, upstream_error};
+use crate::cluster::{ClusterSpec, PoolSettings};
 use crate::connect::open;
 use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
@@ -32,8 +35,11 @@ const BUFFER: usize = 160 * 1024;
 pub(crate) struct Pool {
     idle: Vec<Idle>,
     waiters: VecDeque<oneshot::Sender<Conn>>,
+    /// Requests that wait for a connection.
+    waiting: usize,
+    /// Connections, those that are being made among them.
     open: usize,
-    /// Whether the last connection that was begun and ended was made.
+    /// Whether the endpoint is known to be there: a connection has been made, and none has failed without another open.
     proven: bool,
     connecting: usize,
     /// Connections that were begun, and the last of them that failed: who waited for it fails with it.
@@ -136,27 +142,52 @@ impl Lease {
             return Ok(lease);
         }
         let _pending = pending(runtime, &spec.pool)?;
-        Self::after_probe(shard, endpoint).await?;
+        // Held for as long as the request waits: the pool stays.
+        let change = Arc::clone(&shard.lock().h1.entry(endpoint.id()).or_default().changed);
+        let mut waiting = Waiting::new(shard, endpoint.id());
+        let mut busy = Busy { conn: None, endpoint: endpoint.id(), shard };
+        let mut dial: Option<Dial<Self>> = None;
+        // The connection of another that is waited for: who waited for one that failed fails with it.
+        let mut waited = u64::MAX;
+        // A connection that was handed over is all but free: another is made only when there is news.
+        let mut is_news = true;
         loop {
+            let mut changed = std::pin::pin!(change.notified());
             let mut freed = std::pin::pin!(runtime.freed.notified());
-            // From here on a slot that becomes free is not missed.
+            // From here on nothing that changes is missed, nor a slot that becomes free.
+            changed.as_mut().enable();
             freed.as_mut().enable();
-            let first = shard.lock().h1.entry(endpoint.id()).or_default().open == 0;
-            if let Some(slot) = Slot::acquire(runtime, endpoint, &spec.pool, first) {
-                return Self::make(shard, spec, endpoint, slot).await;
+            if busy.conn.is_none() {
+                waiting.queue();
             }
-            let (waiting, busy) = {
-                let mut inner = shard.lock();
-                let pool = inner.h1.entry(endpoint.id()).or_default();
-                if let Some(conn) = pool.checkout(mesh_core::clock::now()) {
-                    return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
+            if dial.is_none() && is_news {
+                let first = {
+                    let mut inner = shard.lock();
+                    let pool = inner.h1.entry(endpoint.id()).or_default();
+                    if let Some(conn) = pool.checkout(mesh_core::clock::now()) {
+                        return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
+                    }
+                    if busy.conn.is_none()
+                        && let Some((attempt, error)) = &pool.failed
+                        && *attempt >= waited
+                    {
+                        return Err(again(error));
+                    }
+                    let is_probed = !pool.proven && pool.connecting > 0;
+                    waited = if is_probed { pool.attempts } else { u64::MAX };
+                    (!is_probed && pool.connecting < pool.waiting).then_some(pool.open == 0)
+                };
+                if let Some(first) = first {
+                    if let Some(slot) = Slot::acquire(runtime, endpoint, &spec.pool, first) {
+                        let making = Self::make(Arc::clone(shard), &spec.pool, endpoint, slot);
+                        dial = Some(Dial::new(making, Self::give_back));
+                    } else if busy.conn.is_none() {
+                        busy.conn = shard.lock().h1.entry(endpoint.id()).or_default().checkout_busy();
+                    }
                 }
-                let (give, waiting) = oneshot::channel();
-                pool.waiters.push_back(give);
-                (waiting, pool.checkout_busy())
-            };
-            let mut waiting = Waiting { receiver: waiting, endpoint: endpoint.id(), shard };
-            let mut busy = Busy { conn: busy, endpoint: endpoint.id(), shard };
+            }
+            let is_dialling = dial.is_some();
+            is_news = true;
             tokio::select! {
                 // The same events in the same order: what happens can be replayed.
                 biased;
@@ -165,61 +196,43 @@ impl Lease {
                         return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
                     }
                 }
-                Ok(mut conn) = &mut waiting.receiver => {
-                    if conn.sender.ready().await.is_ok() && conn.meta.is_fresh(mesh_core::clock::now) {
-                        return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
-                    }
+                Some(conn) = waiting.given() => {
+                    is_news = false;
+                    // One more, if there is one already, goes to the next; this request is out of the queue.
+                    let other = busy.conn.replace(conn);
+                    drop(Busy { conn: other, endpoint: endpoint.id(), shard });
                 }
-                () = freed => {}
+                made = made(&mut dial) => return made,
+                () = changed, if !is_dialling => {}
+                () = freed, if !is_dialling => {}
             }
         }
     }
 
-    /// Waits while another request finds out whether the endpoint is there.
-    async fn after_probe(shard: &Shard, endpoint: &Endpoint) -> Result<(), Error> {
-        let mut waited = u64::MAX;
-        let change = Arc::clone(&shard.lock().h1.entry(endpoint.id()).or_default().changed);
-        loop {
-            let mut changed = std::pin::pin!(change.notified());
-            // From here on nothing that changes is missed.
-            changed.as_mut().enable();
-            {
-                let mut inner = shard.lock();
-                let pool = inner.h1.entry(endpoint.id()).or_default();
-                if let Some((attempt, error)) = &pool.failed
-                    && *attempt >= waited
-                {
-                    return Err(again(error));
-                }
-                if pool.proven || pool.connecting == 0 {
-                    return Ok(());
-                }
-                waited = pool.attempts;
-            }
-            changed.await;
-        }
-    }
-
-    async fn make(
-        shard: &Arc<Shard>,
-        spec: &ClusterSpec,
+    /// Makes a connection. It begins at once: what is returned is the rest.
+    fn make(
+        shard: Arc<Shard>,
+        settings: &PoolSettings,
         endpoint: &Arc<Endpoint>,
         slot: Slot,
-    ) -> Result<Self, Error> {
-        let connecting = Connecting::new(shard, endpoint.id());
-        let made = Self::connect(shard, spec, endpoint, slot).await;
-        connecting.ended(made.as_ref().err());
-        made
+    ) -> impl Future<Output = Result<Self, Error>> + Send + use<> {
+        let connecting = Connecting::new(&shard, endpoint.id());
+        let opened = Opened::new(&shard, endpoint.id(), slot);
+        let (settings, endpoint) = (settings.clone(), Arc::clone(endpoint));
+        async move {
+            let made = Self::connect(&shard, &settings, &endpoint, opened).await;
+            connecting.ended(made.as_ref().err());
+            made
+        }
     }
 
     async fn connect(
         shard: &Arc<Shard>,
-        spec: &ClusterSpec,
+        settings: &PoolSettings,
         endpoint: &Arc<Endpoint>,
-        slot: Slot,
+        opened: Opened,
     ) -> Result<Self, Error> {
-        let opened = Opened::new(shard, endpoint.id(), slot);
-        let (stream, local) = open(shard, &endpoint.target(Spoken::Http1), &spec.pool).await?;
+        let (stream, local) = open(shard, &endpoint.target(Spoken::Http1), settings).await?;
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(BUFFER)
             .handshake(TokioIo::new(stream))
@@ -231,7 +244,7 @@ impl Lease {
             drop(opened);
         });
         shard.sweep();
-        let conn = Conn { sender, meta: ConnMeta::new(local, endpoint, &spec.pool) };
+        let conn = Conn { sender, meta: ConnMeta::new(local, endpoint, settings) };
         Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) })
     }
 
@@ -290,17 +303,56 @@ impl Drop for Busy<'_> {
     }
 }
 
+/// What comes of the connection that a request makes for itself; nothing without one.
+async fn made(dial: &mut Option<Dial<Lease>>) -> Result<Lease, Error> {
+    match dial {
+        None => std::future::pending().await,
+        Some(dial) => dial.made().await,
+    }
+}
+
 /// A place in the queue. A connection that was handed over while the request was cancelled goes to the next.
 struct Waiting<'s> {
-    receiver: oneshot::Receiver<Conn>,
+    receiver: Option<oneshot::Receiver<Conn>>,
     endpoint: u64,
     shard: &'s Arc<Shard>,
 }
 
+impl<'s> Waiting<'s> {
+    fn new(shard: &'s Arc<Shard>, endpoint: u64) -> Self {
+        shard.lock().h1.entry(endpoint).or_default().waiting += 1;
+        Self { receiver: None, endpoint, shard }
+    }
+
+    /// Takes a place at the end, if it has none.
+    fn queue(&mut self) {
+        if self.receiver.is_none() {
+            let (give, receiver) = oneshot::channel();
+            self.receiver = Some(receiver);
+            self.shard.lock().h1.entry(self.endpoint).or_default().waiters.push_back(give);
+        }
+    }
+
+    /// The connection that is handed over, and with it the place is gone; never without a place.
+    async fn given(&mut self) -> Option<Conn> {
+        let Some(receiver) = &mut self.receiver else { return std::future::pending().await };
+        let given = receiver.await.ok();
+        self.receiver = None;
+        given
+    }
+}
+
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.receiver.close();
-        if let Ok(conn) = self.receiver.try_recv() {
+        if let Some(receiver) = &mut self.receiver {
+            receiver.close();
+        }
+        if let Some(pool) = self.shard.lock().h1.get_mut(&self.endpoint) {
+            pool.waiting = pool.waiting.saturating_sub(1);
+            while pool.waiters.pop_back_if(|last| last.is_closed()).is_some() {}
+            while pool.waiters.pop_front_if(|first| first.is_closed()).is_some() {}
+        }
+        if let Some(Ok(conn)) = self.receiver.take().map(|mut receiver| receiver.try_recv()) {
             Lease { conn, endpoint: self.endpoint, shard: Arc::clone(self.shard) }.give_back();
         }
     }
@@ -331,25 +383,28 @@ impl Drop for Opened {
 }
 
 /// One connection being made; whoever waits for it hears of its end, good or bad.
-struct Connecting<'s> {
-    shard: &'s Shard,
+struct Connecting {
+    shard: Arc<Shard>,
     endpoint: u64,
     attempt: u64,
 }
 
-impl<'s> Connecting<'s> {
-    fn new(shard: &'s Shard, endpoint: u64) -> Self {
+impl Connecting {
+    fn new(shard: &Arc<Shard>, endpoint: u64) -> Self {
         let mut inner = shard.lock();
         let pool = inner.h1.entry(endpoint).or_default();
         pool.connecting += 1;
         pool.attempts += 1;
-        Self { shard, endpoint, attempt: pool.attempts }
+        let attempt = pool.attempts;
+        drop(inner);
+        Self { shard: Arc::clone(shard), endpoint, attempt }
     }
 
     /// What came of it.
     fn ended(self, error: Option<&Error>) {
         if let Some(pool) = self.shard.lock().h1.get_mut(&self.endpoint) {
-            pool.proven = error.is_none();
+            // Those that are open count here, and one more that is being made: this one.
+            pool.proven = error.is_none() || (pool.proven && pool.open >= pool.connecting);
             if let Some(error) = error {
                 pool.failed = Some((self.attempt, Arc::new(again(error))));
             }
@@ -357,7 +412,7 @@ impl<'s> Connecting<'s> {
     }
 }
 
-impl Drop for Connecting<'_> {
+impl Drop for Connecting {
     fn drop(&mut self) {
         if let Some(pool) = self.shard.lock().h1.get_mut(&self.endpoint) {
             pool.connecting = pool.connecting.saturating_sub(1);

@@ -18,8 +18,8 @@ use pin_project::pin_project;
 use tokio::sync::Notify;
 
 use self::settings::Watched;
-use super::{ConnMeta, Slot, again, pending, upstream_error};
-use crate::cluster::ClusterSpec;
+use super::{ConnMeta, Dial, Slot, again, pending, upstream_error};
+use crate::cluster::{ClusterSpec, PoolSettings};
 use crate::connect::open;
 use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
@@ -157,7 +157,9 @@ impl Lease {
                 (pool.connecting > 0, pool.conns.is_empty())
             };
             if !connecting && let Some(slot) = Slot::acquire(runtime, endpoint, &spec.pool, first) {
-                return Self::make(shard, spec, endpoint, slot).await;
+                let making = Self::make(Arc::clone(shard), &spec.pool, endpoint, slot);
+                // The connection is in the pool when it is made; the stream is what nobody needs any more.
+                return Dial::new(making, drop).made().await;
             }
             tokio::select! {
                 // The same events in the same order: what happens can be replayed.
@@ -170,28 +172,31 @@ impl Lease {
 
     /// A stream on a connection that is made for it: the request that made it has it, whatever became of the endpoint
     /// meanwhile.
-    async fn make(
-        shard: &Arc<Shard>,
-        spec: &ClusterSpec,
+    fn make(
+        shard: Arc<Shard>,
+        settings: &PoolSettings,
         endpoint: &Arc<Endpoint>,
         slot: Slot,
-    ) -> Result<Self, Error> {
-        let connecting = Connecting::new(shard, endpoint.id());
-        let made = Self::connect(shard, spec, endpoint, slot).await;
-        if let Err(error) = &made {
-            connecting.failed(error);
+    ) -> impl Future<Output = Result<Self, Error>> + Send + use<> {
+        let connecting = Connecting::new(&shard, endpoint.id());
+        let (settings, endpoint) = (settings.clone(), Arc::clone(endpoint));
+        async move {
+            let made = Self::connect(&shard, &settings, &endpoint, slot).await;
+            if let Err(error) = &made {
+                connecting.failed(error);
+            }
+            drop(connecting);
+            made
         }
-        drop(connecting);
-        made
     }
 
     async fn connect(
         shard: &Arc<Shard>,
-        spec: &ClusterSpec,
+        settings: &PoolSettings,
         endpoint: &Arc<Endpoint>,
         slot: Slot,
     ) -> Result<Self, Error> {
-        let (stream, local) = open(shard, &endpoint.target(Spoken::Http2), &spec.pool).await?;
+        let (stream, local) = open(shard, &endpoint.target(Spoken::Http2), settings).await?;
         let allowed = Arc::new(AtomicU32::new(u32::MAX));
         let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
         let stream = Watched::new(stream, slot, Arc::clone(&allowed), changed);
@@ -200,7 +205,7 @@ impl Lease {
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(STREAM_WINDOW * 16);
-        if let Some(keepalive) = spec.pool.http2_keepalive {
+        if let Some(keepalive) = settings.http2_keepalive {
             builder
                 .keep_alive_interval(keepalive.interval)
                 .keep_alive_timeout(keepalive.timeout)
@@ -225,9 +230,9 @@ impl Lease {
         let mut conn = Conn {
             sender,
             streams: Arc::default(),
-            max_streams: spec.pool.max_concurrent_streams.max(1),
+            max_streams: settings.max_concurrent_streams.max(1),
             allowed,
-            meta: ConnMeta::new(local, endpoint, &spec.pool),
+            meta: ConnMeta::new(local, endpoint, settings),
             idle_since: mesh_core::clock::now(),
         };
         let lease = conn.stream(&pool.changed);
@@ -268,19 +273,21 @@ impl<F: Future> Future for Handed<F> {
 }
 
 /// One connection being made; whoever waits for it hears of its end, good or bad.
-struct Connecting<'s> {
-    shard: &'s Shard,
+struct Connecting {
+    shard: Arc<Shard>,
     endpoint: u64,
     attempt: u64,
 }
 
-impl<'s> Connecting<'s> {
-    fn new(shard: &'s Shard, endpoint: u64) -> Self {
+impl Connecting {
+    fn new(shard: &Arc<Shard>, endpoint: u64) -> Self {
         let mut inner = shard.lock();
         let pool = inner.h2.entry(endpoint).or_default();
         pool.connecting += 1;
         pool.attempts += 1;
-        Self { shard, endpoint, attempt: pool.attempts }
+        let attempt = pool.attempts;
+        drop(inner);
+        Self { shard: Arc::clone(shard), endpoint, attempt }
     }
 
     /// It came to nothing.
@@ -291,7 +298,7 @@ impl<'s> Connecting<'s> {
     }
 }
 
-impl Drop for Connecting<'_> {
+impl Drop for Connecting {
     fn drop(&mut self) {
         if let Some(pool) = self.shard.lock().h2.get_mut(&self.endpoint) {
             pool.connecting = pool.connecting.saturating_sub(1);

@@ -5,11 +5,15 @@
 //!
 //! A request that meets a connection which died while idle is recovered from hyper's `TrySendError`: it was provably
 //! not written, so it goes to another connection. A request that may have been written never does.
+//!
+//! A connection that is being made outlives the request that began it: when that one is late or served otherwise, it is
+//! made for the next. Else an endpoint that takes longer to connect to than a request has would never be connected to.
 
 pub(crate) mod h1;
 pub(crate) mod h2;
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
@@ -88,6 +92,45 @@ impl Drop for Slot {
         // The slot must be free before anyone who waits for it is told.
         self.permit = None;
         self.runtime.freed.notify_waiters();
+    }
+}
+
+type Making<L> = Pin<Box<dyn Future<Output = Result<L, Error>> + Send>>;
+
+/// A connection that is being made. The request that began it waits for it; left by that one, it goes on by itself
+/// within the connect timeout.
+struct Dial<L: Send + 'static> {
+    making: Option<Making<L>>,
+    /// What becomes of one that nobody has waited for.
+    keep: fn(L),
+}
+
+impl<L: Send + 'static> Dial<L> {
+    fn new(making: impl Future<Output = Result<L, Error>> + Send + 'static, keep: fn(L)) -> Self {
+        Self { making: Some(Box::pin(making)), keep }
+    }
+
+    /// The connection, or why there is none.
+    async fn made(&mut self) -> Result<L, Error> {
+        let Some(making) = &mut self.making else { return std::future::pending().await };
+        let made = making.await;
+        self.making = None;
+        made
+    }
+}
+
+impl<L: Send + 'static> Drop for Dial<L> {
+    fn drop(&mut self) {
+        if let Some(making) = self.making.take()
+            && let Ok(handle) = tokio::runtime::Handle::try_current()
+        {
+            let keep = self.keep;
+            handle.spawn(async move {
+                if let Ok(lease) = making.await {
+                    keep(lease);
+                }
+            });
+        }
     }
 }
 

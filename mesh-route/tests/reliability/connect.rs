@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mesh_route::{PoolSettings, RetryOn, RetryPolicy, UpstreamProtocol};
 use mesh_testkit::scripted::{Reply, Script};
+use mesh_testkit::until;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -142,29 +143,29 @@ async fn a5_a_crowd_at_a_dead_endpoint_makes_one_connection_at_a_time() {
 async fn a5_whoever_connects_and_leaves_hands_it_to_the_next() {
     for protocol in BOTH {
         let (network, up) = (Network::default(), Script::new("up", |_| Reply::Status(200)));
-        let addr = network.host(Host::Silent);
+        let late = Host::Late(Duration::from_secs(1), Arc::new(Host::script(&up, protocol)));
+        let addr = network.host(late);
         let cluster = cluster_of(&[addr], |spec| spec.protocol = protocol);
         let client = network.client(&cluster, |route| route);
         let first = tokio::spawn({
             let client = client.clone();
             async move { outcome(&client, get()).await }
         });
-        mesh_testkit::until("the first to connect", async || network.dialled(addr) == 1).await;
+        until("the first to connect", async || network.dialled(addr) == 1).await;
         let others: Vec<_> = (0..10)
             .map(|_| {
                 let client = client.clone();
                 tokio::spawn(async move { outcome(&client, get()).await })
             })
             .collect();
-        mesh_testkit::until("the others to wait", async || cluster.runtime().unwrap().pending() == 11).await;
-        network.replace(addr, Host::script(&up, protocol));
+        until("the others to wait", async || cluster.runtime().unwrap().pending() == 11).await;
         first.abort();
         assert!(first.await.unwrap_err().is_cancelled());
         for other in others {
             assert_eq!(other.await.unwrap(), "200 - up", "{protocol:?}");
         }
         if protocol == UpstreamProtocol::Http2 {
-            assert_eq!(network.dialled(addr), 2);
+            assert_eq!(network.dialled(addr), 1, "it is the connection that the first began");
         }
         nothing_is_left(&cluster, || up.open()).await;
     }
@@ -191,5 +192,87 @@ async fn bug_a_look_through_idle_connections_made_those_who_waited_try_one_after
             assert!(outcome.starts_with("503 UF "), "{outcome}");
         }
         assert_eq!((started.elapsed(), network.dialled(addrs[1])), (CONNECT_TIMEOUT, 1), "{protocol:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_who_waited_for_another_to_connect_did_not_see_connections_that_became_free() {
+    let network = Network::default();
+    let up = Script::new("up", |_| Reply::After(Duration::from_secs(1), 200));
+    let addr = network.host(Host::script(&up, UpstreamProtocol::Http1));
+    let cluster = cluster_of(&[addr], |spec| spec.pool.connect_timeout = Duration::from_secs(60));
+    let client = network.client(&cluster, |route| route);
+    let ask = || {
+        let client = client.clone();
+        tokio::spawn(async move { outcome(&client, get()).await })
+    };
+    let started = Instant::now();
+    let served = ask();
+    until("a request at the upstream", async || up.requests() == 1).await;
+    // The next cannot connect, and those after it wait, or they connect in vain.
+    network.replace(addr, Host::Silent);
+    let waiting = [ask(), ask(), ask()];
+    assert_eq!(served.await.unwrap(), "200 - up");
+    for asked in waiting {
+        assert_eq!(asked.await.unwrap(), "200 - up");
+    }
+    assert_eq!(started.elapsed().as_secs(), 4, "one after the other on the connection that there is");
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_a_connection_that_failed_made_those_wait_who_had_others_open() {
+    let network = Network::default();
+    let up = Script::new("up", |_| Reply::After(Duration::from_secs(1), 200));
+    let addr = network.host(Host::script(&up, UpstreamProtocol::Http1));
+    let cluster = cluster_of(&[addr], |spec| spec.pool.connect_timeout = Duration::from_secs(60));
+    let client = network.client(&cluster, |route| route);
+    let ask = || {
+        let client = client.clone();
+        tokio::spawn(async move { outcome(&client, get()).await })
+    };
+    let served = ask();
+    until("a request at the upstream", async || up.requests() == 1).await;
+    network.replace(addr, Host::Fails(ErrorKind::ConnectionRefused));
+    assert!(ask().await.unwrap().starts_with("503 UF"));
+    // One connection fails in no time, the endpoint is there all the same: the next two connect side by side.
+    network.replace(addr, Host::Silent);
+    let dialled = network.dialled(addr);
+    let waiting = [ask(), ask()];
+    until("two connections to be made at once", async || network.dialled(addr) == dialled + 2).await;
+    assert_eq!(served.await.unwrap(), "200 - up");
+    for asked in waiting {
+        assert_eq!(asked.await.unwrap(), "200 - up");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_a_connection_died_with_the_request_that_made_it() {
+    for protocol in BOTH {
+        let tasks = Tasks::now();
+        let up = Script::new("up", |_| Reply::Status(200));
+        let network = Network::default();
+        let late = Host::Late(Duration::from_millis(600), Arc::new(Host::script(&up, protocol)));
+        let addr = network.host(late);
+        let cluster = cluster_of(&[addr], |spec| spec.protocol = protocol);
+        let client = network.client(&cluster, |route| route.timeout(Duration::from_millis(500)));
+        let mut requests = JoinSet::new();
+        for at in 0..1000 {
+            let client = client.clone();
+            requests.spawn(async move {
+                tokio::time::sleep(Duration::from_millis(10 * at)).await;
+                outcome(&client, get()).await
+            });
+        }
+        let outcomes = requests.join_all().await;
+        let late = outcomes.iter().filter(|outcome| outcome.starts_with("504 UT")).count();
+        let served = outcomes.iter().filter(|outcome| *outcome == "200 - up").count();
+        // Who comes in the first 100 ms is gone before the connection is made.
+        assert!(late <= 11 && served == 1000 - late, "{protocol:?}: {served} served, {late} late");
+        // One finds out whether the endpoint is there; then who waits connects, over HTTP/1.1 each for itself.
+        let most = if protocol == UpstreamProtocol::Http2 { 1 } else { 50 };
+        assert!(network.dialled(addr) <= most, "{protocol:?}: {} connections", network.dialled(addr));
+        nothing_is_left(&cluster, || up.open()).await;
+        drop((client, cluster));
+        tasks.are_back().await;
     }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use http::{Request, Response};
 use http_body_util::BodyExt as _;
@@ -124,6 +125,8 @@ pub(crate) enum Host {
     Fails(io::ErrorKind),
     /// By this error of the operating system.
     FailsWith(i32),
+    /// As another does, after this time.
+    Late(Duration, Arc<Self>),
     /// Without an answer, ever.
     Silent,
 }
@@ -205,8 +208,13 @@ impl Connect for Network {
             let _dialling = Dialling(Arc::clone(&hosts));
             // A round trip, in which others may come.
             tokio::task::yield_now().await;
-            let host = hosts.hosts.lock().unwrap().get(&addr).cloned();
+            let mut host = hosts.hosts.lock().unwrap().get(&addr).cloned();
+            while let Some(Host::Late(time, then)) = host {
+                tokio::time::sleep(time).await;
+                host = Some(Host::clone(&then));
+            }
             match host {
+                Some(Host::Late(..)) => unreachable!("it was waited for"),
                 Some(Host::Serves(serve)) => {
                     let (ours, theirs) = tokio::io::duplex(64 * 1024);
                     serve(theirs);
