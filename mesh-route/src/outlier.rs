@@ -344,7 +344,8 @@ impl Detector {
         let times = before.saturating_add(1);
         let most = config.max_ejection_time.max(config.base_ejection_time);
         let duration = config.base_ejection_time.saturating_mul(times).min(most);
-        self.hosts.insert(endpoint, Host { times, until: now + duration, ejected: true, evidence });
+        let until = mesh_core::clock::after(now, duration);
+        self.hosts.insert(endpoint, Host { times, until, ejected: true, evidence });
         self.ejections += 1;
         self.note(now, endpoint, EventKind::Ejected { evidence, duration, times });
         true
@@ -596,6 +597,16 @@ mod tests {
 
     #[test]
     fn a_threshold_that_workers_cross_together_is_crossed_once() {
+    #[test]
+    fn bug_an_ejection_longer_than_a_clock_can_tell_panicked() {
+        let config = OutlierDetection { base_ejection_time: Duration::MAX, ..OutlierDetection::default() };
+        let mut detector = Detector::default();
+        let now = mesh_core::clock::now();
+        assert!(detector.trip(&config, addr(1), evidence(), 10, now));
+        assert_eq!(detector.sweep(now + Duration::from_secs(86_400 * 365)), []);
+        assert_eq!(detector.ejected(), 1);
+    }
+
         let config = OutlierDetection { consecutive_5xx: 10, ..OutlierDetection::default() };
         let counters = Counters::default();
         let crossed = AtomicU32::new(0);

@@ -225,7 +225,8 @@ where
                 this.connection.ended_request();
             }
         }
-        let age = limits.max_connection_age.filter(|_| !*this.aged).map(|age| (*this.born + age, Due::Age));
+        let age = limits.max_connection_age.filter(|_| !*this.aged);
+        let age = age.map(|age| (clock::after(*this.born, age), Due::Age));
         if busy {
             *this.idle_since = None;
             *this.head_since = None;
@@ -233,7 +234,7 @@ where
             // The end of the last request need not wake this future.
             let look = match limits.idle_timeout {
                 _ if closing => Some(clock::now() + LAST_PING),
-                Some(idle) => Some(this.armed.unwrap_or_else(|| clock::now() + idle)),
+                Some(idle) => Some(this.armed.unwrap_or_else(|| clock::after(clock::now(), idle))),
                 None => None,
             };
             return earliest([age, look.map(|at| (at, Due::Look))]);
@@ -241,7 +242,7 @@ where
         let idle_since = *this.idle_since.get_or_insert_with(clock::now);
         if !matches!(this.codec, Codec::Http2(_)) && this.connection.is_reading_head() {
             let since = *this.head_since.get_or_insert_with(clock::now);
-            return earliest([age, Some((since + limits.head_timeout, Due::SlowHead))]);
+            return earliest([age, Some((clock::after(since, limits.head_timeout), Due::SlowHead))]);
         }
         *this.head_since = None;
         let close = closing.then(|| {
@@ -254,7 +255,7 @@ where
             };
             (since + patience, Due::Close)
         });
-        let idle = limits.idle_timeout.map(|idle| (idle_since + idle, Due::Close));
+        let idle = limits.idle_timeout.map(|idle| (clock::after(idle_since, idle), Due::Close));
         earliest([age, close, idle])
     }
 
@@ -588,6 +589,25 @@ mod tests {
         let (answer, _) = to_end(stream).await;
         assert_eq!(answer.matches("200 OK").count(), 2);
         assert_eq!(answer.matches("connection: close").count(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bug_limits_that_no_clock_can_tell_panicked() {
+        let limits = ServerLimits {
+            head_timeout: Duration::MAX,
+            idle_timeout: Some(Duration::MAX),
+            max_connection_age: Some(Duration::MAX),
+            ..ServerLimits::default()
+        };
+        let (mut stream, _) = served(limits);
+        for _ in 0..2 {
+            stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1000)).await;
+            stream.write_all(b"host: a\r\n\r\n").await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1000)).await;
+        }
+        stream.shutdown().await.unwrap();
+        assert_eq!(to_end(stream).await.0.matches("200 OK").count(), 2);
     }
 
     #[tokio::test(start_paused = true)]

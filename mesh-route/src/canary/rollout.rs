@@ -106,7 +106,7 @@ struct Sums {
 impl Rollout {
     pub(super) fn new(spec: Arc<CanarySpec>, now: Instant) -> Self {
         let controller = Controller::new(spec.policy.clone(), now);
-        let due = now + spec.interval;
+        let due = mesh_core::clock::after(now, spec.interval);
         Self {
             share: AtomicU8::new(controller.share()),
             stable: Counters::default(),
@@ -167,7 +167,7 @@ impl Rollout {
         if now < state.due {
             return (None, Some(state.due));
         }
-        state.due = now + self.spec.interval;
+        state.due = mesh_core::clock::after(now, self.spec.interval);
         let sums = [self.stable.sums(), self.canary.sums()];
         let [stable, canary] = [0, 1].map(|at| sums[at].since(state.seen[at]));
         state.seen = sums;

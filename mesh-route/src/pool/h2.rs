@@ -13,6 +13,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use mesh_core::clock::NEVER;
 use mesh_core::{Body, Error, Spoken};
 use pin_project::pin_project;
 use tokio::sync::Notify;
@@ -207,8 +208,8 @@ impl Lease {
             .initial_connection_window_size(STREAM_WINDOW * 16);
         if let Some(keepalive) = settings.http2_keepalive {
             builder
-                .keep_alive_interval(keepalive.interval)
-                .keep_alive_timeout(keepalive.timeout)
+                .keep_alive_interval(keepalive.interval.min(NEVER))
+                .keep_alive_timeout(keepalive.timeout.min(NEVER))
                 .keep_alive_while_idle(true);
         }
         let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(upstream_error)?;

@@ -43,7 +43,9 @@ impl ConnMeta {
         Self {
             local,
             endpoint: Arc::clone(endpoint),
-            expires: settings.max_connection_duration.map(|duration| mesh_core::clock::now() + duration),
+            expires: settings
+                .max_connection_duration
+                .and_then(|duration| mesh_core::clock::now().checked_add(duration)),
             idle_timeout: settings.idle_timeout,
             max_requests: settings.max_requests_per_connection.unwrap_or(u32::MAX),
             served: 0,

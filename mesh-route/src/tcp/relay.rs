@@ -98,7 +98,8 @@ impl Meter {
     async fn idle(&self, idle: Option<Duration>) {
         let Some(idle) = idle else { return std::future::pending().await };
         loop {
-            let due = self.begun + Duration::from_nanos(self.last.load(Ordering::Relaxed)) + idle;
+            let last = self.begun + Duration::from_nanos(self.last.load(Ordering::Relaxed));
+            let due = clock::after(last, idle);
             if due <= clock::now() {
                 return;
             }
@@ -252,6 +253,16 @@ mod tests {
         assert!(!ended.is_finished());
         drop((client, server));
         ended.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bug_a_limit_that_no_clock_can_tell_panicked() {
+        let limits = Limits { idle: Some(Duration::MAX), duration: Some(Duration::MAX) };
+        let (client, server, ended) = relayed(limits, pending());
+        tokio::time::sleep(Duration::from_secs(1_000_000)).await;
+        assert!(!ended.is_finished());
+        drop((client, server));
+        assert_eq!(ended.await.unwrap().0, End::Closed);
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_route::{PoolSettings, RetryOn, RetryPolicy, UpstreamProtocol};
+use mesh_route::{Http2Keepalive, PoolSettings, RetryOn, RetryPolicy, UpstreamProtocol};
 use mesh_testkit::scripted::{Reply, Script};
 use mesh_testkit::until;
 use tokio::task::JoinSet;
@@ -274,5 +274,29 @@ async fn bug_a_connection_died_with_the_request_that_made_it() {
         nothing_is_left(&cluster, || up.open()).await;
         drop((client, cluster));
         tasks.are_back().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_a_connection_that_may_live_longer_than_a_clock_can_tell_panicked() {
+    for protocol in BOTH {
+        let (network, up) = (Network::default(), Script::new("up", |_| Reply::Status(200)));
+        let addr = network.host(Host::script(&up, protocol));
+        let cluster = cluster_of(&[addr], |spec| {
+            spec.protocol = protocol;
+            spec.pool = PoolSettings {
+                connect_timeout: Duration::MAX,
+                idle_timeout: Some(Duration::MAX),
+                max_connection_duration: Some(Duration::MAX),
+                http2_keepalive: Some(Http2Keepalive { interval: Duration::MAX, timeout: Duration::MAX }),
+                ..PoolSettings::default()
+            };
+        });
+        let client = network.client(&cluster, |route| route);
+        for _ in 0..3 {
+            assert_eq!(outcome(&client, get()).await, "200 - up", "{protocol:?}");
+            tokio::time::sleep(Duration::from_secs(86_400)).await;
+        }
+        assert_eq!(network.dialled(addr), 1, "{protocol:?}: it lives");
     }
 }
