@@ -346,11 +346,10 @@ impl<'a> Attempt<'a> {
     }
 
     async fn lease(&self, endpoint: &Arc<Endpoint>, http2: bool) -> Result<Lease, Error> {
-        let spec = self.cluster.spec();
         let leased = if http2 {
-            h2::Lease::acquire(self.shard, self.runtime, spec, endpoint).await.map(Lease::Http2)
+            h2::Lease::acquire(self.shard, self.cluster, self.runtime, endpoint).await.map(Lease::Http2)
         } else {
-            h1::Lease::acquire(self.shard, self.runtime, spec, endpoint).await.map(Lease::Http1)
+            h1::Lease::acquire(self.shard, self.cluster, self.runtime, endpoint).await.map(Lease::Http1)
         };
         leased.inspect_err(|error| {
             if let Some(source) = std::error::Error::source(error) {

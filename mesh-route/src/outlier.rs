@@ -14,6 +14,7 @@
 //! local-origin failures. What a limit of ours refused never counts (DR-CP04), and neither does what a client cancelled.
 
 mod layer;
+mod watch;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -26,6 +27,7 @@ use mesh_core::ErrorKind;
 
 pub(crate) use self::layer::no_healthy_upstream;
 pub use self::layer::{DetectOutlier, OutlierDetectionLayer, OutlierGroup};
+pub(crate) use self::watch::Watch;
 
 /// Ejections and returns that are remembered per cluster.
 const EVENTS: usize = 64;
@@ -596,8 +598,6 @@ mod tests {
     }
 
     #[test]
-    fn a_threshold_that_workers_cross_together_is_crossed_once() {
-    #[test]
     fn bug_an_ejection_longer_than_a_clock_can_tell_panicked() {
         let config = OutlierDetection { base_ejection_time: Duration::MAX, ..OutlierDetection::default() };
         let mut detector = Detector::default();
@@ -607,6 +607,8 @@ mod tests {
         assert_eq!(detector.ejected(), 1);
     }
 
+    #[test]
+    fn a_threshold_that_workers_cross_together_is_crossed_once() {
         let config = OutlierDetection { consecutive_5xx: 10, ..OutlierDetection::default() };
         let counters = Counters::default();
         let crossed = AtomicU32::new(0);

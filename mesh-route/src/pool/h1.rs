@@ -8,6 +8,8 @@
 //! **Whichever comes first.** Who waits, for a connection of its own or for what a probe finds out, stands in the queue
 //! for those that become free. No more connections are being made than there are requests that wait.
 
+mod handle;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,8 +21,10 @@ use hyper_util::rt::TokioIo;
 use mesh_core::{Body, Error, Spoken};
 use tokio::sync::{Notify, oneshot};
 
+use self::handle::Handle;
+use super::dial::made;
 use super::{ConnMeta, Dial, Slot, again, pending, upstream_error};
-use crate::cluster::{ClusterSpec, PoolSettings};
+use crate::cluster::{Cluster, PoolSettings};
 use crate::connect::open;
 use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
@@ -57,7 +61,7 @@ pub(crate) struct Idle {
 
 #[derive(Debug)]
 struct Conn {
-    sender: http1::SendRequest<Body>,
+    handle: Handle,
     meta: ConnMeta,
 }
 
@@ -79,14 +83,15 @@ impl Pool {
         self.open > 0 || is_awaited || !self.idle.is_empty() || !self.waiters.is_empty()
     }
 
-    fn checkout(&mut self, now: Instant) -> Option<Conn> {
+    /// The last one used that is ready. Those that are of no use any more are moved out.
+    fn checkout(&mut self, now: Instant, expired: &mut Vec<Idle>) -> Option<Conn> {
         let mut at = self.idle.len();
         while at > 0 {
             at -= 1;
             let idle = &self.idle[at];
             if !idle.is_usable(now) {
-                self.idle.swap_remove(at);
-            } else if idle.conn.sender.is_ready() {
+                expired.push(self.idle.swap_remove(at));
+            } else if idle.conn.handle.is_ready() {
                 // Not `swap_remove`: the last one used stays last.
                 return Some(self.idle.remove(at).conn);
             }
@@ -96,7 +101,7 @@ impl Pool {
 
     /// A connection whose last exchange has not ended on our side: its response came before its request had gone.
     fn checkout_busy(&mut self) -> Option<Conn> {
-        let at = self.idle.iter().position(|idle| !idle.conn.sender.is_closed())?;
+        let at = self.idle.iter().position(|idle| !idle.conn.handle.is_closed())?;
         Some(self.idle.remove(at).conn)
     }
 
@@ -113,7 +118,7 @@ impl Pool {
 
 impl Idle {
     fn is_usable(&self, now: Instant) -> bool {
-        !self.conn.sender.is_closed()
+        !self.conn.handle.is_closed()
             && self.conn.meta.is_fresh(|| now)
             && self
                 .conn
@@ -127,26 +132,28 @@ impl Lease {
     /// An idle connection, if there is one.
     pub(crate) fn idle(shard: &Arc<Shard>, endpoint: &Endpoint) -> Option<Self> {
         let now = mesh_core::clock::now();
-        let conn = shard.lock().h1.get_mut(&endpoint.id())?.checkout(now)?;
+        let mut expired = Vec::new();
+        let conn = shard.lock().h1.get_mut(&endpoint.id())?.checkout(now, &mut expired)?;
         Some(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) })
     }
 
     /// A connection: an idle one, a new one, or one that another request gives back when no more may be made.
     pub(crate) async fn acquire(
         shard: &Arc<Shard>,
+        cluster: &Cluster,
         runtime: &Arc<ClusterRuntime>,
-        spec: &ClusterSpec,
         endpoint: &Arc<Endpoint>,
     ) -> Result<Self, Error> {
         if let Some(lease) = Self::idle(shard, endpoint) {
             return Ok(lease);
         }
-        let _pending = pending(runtime, &spec.pool)?;
+        let settings = &cluster.spec().pool;
+        let _pending = pending(runtime, settings)?;
         // Held for as long as the request waits: the pool stays.
         let change = Arc::clone(&shard.lock().h1.entry(endpoint.id()).or_default().changed);
         let mut waiting = Waiting::new(shard, endpoint.id());
         let mut busy = Busy { conn: None, endpoint: endpoint.id(), shard };
-        let mut dial: Option<Dial<Self>> = None;
+        let mut dial: Option<Dial<'_, Self>> = None;
         // The connection of another that is waited for: who waited for one that failed fails with it.
         let mut waited = u64::MAX;
         // A connection that was handed over is all but free: another is made only when there is news.
@@ -161,10 +168,11 @@ impl Lease {
                 waiting.queue();
             }
             if dial.is_none() && is_news {
+                let mut expired = Vec::new();
                 let first = {
                     let mut inner = shard.lock();
                     let pool = inner.h1.entry(endpoint.id()).or_default();
-                    if let Some(conn) = pool.checkout(mesh_core::clock::now()) {
+                    if let Some(conn) = pool.checkout(mesh_core::clock::now(), &mut expired) {
                         return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
                     }
                     if busy.conn.is_none()
@@ -177,10 +185,11 @@ impl Lease {
                     waited = if is_probed { pool.attempts } else { u64::MAX };
                     (!is_probed && pool.connecting < pool.waiting).then_some(pool.open == 0)
                 };
+                drop(expired);
                 if let Some(first) = first {
-                    if let Some(slot) = Slot::acquire(runtime, endpoint, &spec.pool, first) {
-                        let making = Self::make(Arc::clone(shard), &spec.pool, endpoint, slot);
-                        dial = Some(Dial::new(making, Self::give_back));
+                    if let Some(slot) = Slot::acquire(runtime, endpoint, settings, first) {
+                        let making = Self::make(Arc::clone(shard), settings, endpoint, slot);
+                        dial = Some(Dial::new(cluster, runtime, endpoint, making, Self::give_back));
                     } else if busy.conn.is_none() {
                         busy.conn = shard.lock().h1.entry(endpoint.id()).or_default().checkout_busy();
                     }
@@ -238,23 +247,25 @@ impl Lease {
             .handshake(TokioIo::new(stream))
             .await
             .map_err(upstream_error)?;
+        let (handle, end) = Handle::new(sender);
         tokio::spawn(async move {
-            // What ends it is seen by whoever holds the sender.
+            // What ends it is seen by whoever holds the handle.
             let _ = connection.with_upgrades().await;
+            drop(end);
             drop(opened);
         });
         shard.sweep();
-        let conn = Conn { sender, meta: ConnMeta::new(local, endpoint, settings) };
+        let conn = Conn { handle, meta: ConnMeta::new(local, endpoint, settings) };
         Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) })
     }
 
-    /// Sends the request, now; the future is that of its response.
+    /// Sends the request, now; the future is that of its response. Called once.
     pub(crate) fn send(
         &mut self,
         request: Request<Body>,
     ) -> impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Body>>>> + use<> {
         self.conn.meta.served = self.conn.meta.served.saturating_add(1);
-        self.conn.sender.try_send_request(request)
+        self.conn.handle.send(request)
     }
 
     /// What the connection is.
@@ -263,8 +274,8 @@ impl Lease {
     }
 
     /// Gives the connection back when the response has ended whole. Dropping the lease instead closes it.
-    pub(crate) fn give_back(self) {
-        if self.conn.sender.is_closed() || !self.conn.meta.is_fresh(mesh_core::clock::now) {
+    pub(crate) fn give_back(mut self) {
+        if !self.conn.handle.take_back() || !self.conn.meta.is_fresh(mesh_core::clock::now) {
             return;
         }
         let now = mesh_core::clock::now();
@@ -287,7 +298,7 @@ impl Busy<'_> {
         match &mut self.conn {
             None => std::future::pending().await,
             Some(conn) => {
-                if conn.sender.ready().await.is_err() || !conn.meta.is_fresh(mesh_core::clock::now) {
+                if !conn.handle.ready().await || !conn.meta.is_fresh(mesh_core::clock::now) {
                     self.conn = None;
                 }
             }
@@ -300,14 +311,6 @@ impl Drop for Busy<'_> {
         if let Some(conn) = self.conn.take() {
             Lease { conn, endpoint: self.endpoint, shard: Arc::clone(self.shard) }.give_back();
         }
-    }
-}
-
-/// What comes of the connection that a request makes for itself; nothing without one.
-async fn made(dial: &mut Option<Dial<Lease>>) -> Result<Lease, Error> {
-    match dial {
-        None => std::future::pending().await,
-        Some(dial) => dial.made().await,
     }
 }
 

@@ -1,12 +1,12 @@
 //! HTTP/2: many requests on a connection; another connection only when the streams of all are taken.
+//!
+//! Whether an endpoint is there one request finds out, as over HTTP/1.1. Then as many connections are made at once as
+//! those who wait will fill: where each takes few requests, they do not connect one after the other.
 
 mod settings;
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::task::{Context, Poll};
 use std::time::Instant;
 
 use http::{Request, Response};
@@ -15,12 +15,12 @@ use hyper::client::conn::{TrySendError, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_core::clock::NEVER;
 use mesh_core::{Body, Error, Spoken};
-use pin_project::pin_project;
 use tokio::sync::Notify;
 
 use self::settings::Watched;
-use super::{ConnMeta, Dial, Slot, again, pending, upstream_error};
-use crate::cluster::{ClusterSpec, PoolSettings};
+use super::dial::made;
+use super::{ConnMeta, Dial, Handed, Slot, again, pending, upstream_error};
+use crate::cluster::{Cluster, PoolSettings};
 use crate::connect::open;
 use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
@@ -33,6 +33,10 @@ const STREAM_WINDOW: u32 = 64 * 1024;
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
     conns: Vec<Conn>,
+    /// Requests that wait for a stream.
+    waiting: usize,
+    /// Whether the endpoint is known to be there: a connection has been made, and none has failed without another open.
+    proven: bool,
     connecting: usize,
     /// Connections that were begun, and the last of them that failed: who waited for it fails with it.
     attempts: u64,
@@ -41,7 +45,7 @@ pub(crate) struct Pool {
 }
 
 #[derive(Debug)]
-struct Conn {
+pub(crate) struct Conn {
     sender: http2::SendRequest<Body>,
     streams: Arc<AtomicU32>,
     max_streams: u32,
@@ -74,26 +78,28 @@ impl Drop for Stream {
 }
 
 impl Pool {
-    /// Closes connections that have been idle for too long; whether the pool is still needed.
-    pub(crate) fn sweep(&mut self, now: Instant) -> bool {
-        self.conns.retain_mut(|conn| {
+    /// Moves connections out that have been idle for too long; whether the pool is still needed.
+    pub(crate) fn sweep(&mut self, now: Instant, expired: &mut Vec<Conn>) -> bool {
+        expired.extend(self.conns.extract_if(.., |conn| {
             if conn.streams.load(Ordering::Relaxed) > 0 {
                 conn.idle_since = now;
-                return true;
+                return false;
             }
             let idle = now.saturating_duration_since(conn.idle_since);
-            !conn.sender.is_closed()
-                && conn.meta.is_fresh(|| now)
-                && conn.meta.idle_timeout.is_none_or(|timeout| idle < timeout)
-        });
+            conn.sender.is_closed()
+                || !conn.meta.is_fresh(|| now)
+                || conn.meta.idle_timeout.is_some_and(|timeout| idle >= timeout)
+        }));
         // Who waits for a connection that is being made holds `changed`, and finds here what came of it.
         self.connecting > 0 || Arc::strong_count(&self.changed) > 1 || !self.conns.is_empty()
     }
 
-    fn checkout(&mut self) -> Option<Lease> {
+    /// A stream, if there is room for one. Connections that take no more requests are moved out: their streams end by
+    /// themselves, and a request that was left in one comes back when it is dropped, which is not to be under the lock.
+    fn checkout(&mut self, ended: &mut Vec<Conn>) -> Option<Lease> {
         let now = mesh_core::clock::now();
-        // A connection that takes no more requests goes; its streams end by themselves.
-        self.conns.retain(|conn| !conn.sender.is_closed() && conn.meta.is_fresh(|| now));
+        ended
+            .extend(self.conns.extract_if(.., |conn| conn.sender.is_closed() || !conn.meta.is_fresh(|| now)));
         let conn = self.conns.iter_mut().find(|conn| {
             let allowed = conn.allowed.load(Ordering::Relaxed).min(conn.max_streams);
             conn.sender.is_ready() && conn.streams.load(Ordering::Relaxed) < allowed
@@ -119,75 +125,97 @@ impl Conn {
 impl Lease {
     /// A stream on an open connection, if one has room.
     pub(crate) fn idle(shard: &Shard, endpoint: &Endpoint) -> Option<Self> {
-        shard.lock().h2.get_mut(&endpoint.id())?.checkout()
+        let mut ended = Vec::new();
+        shard.lock().h2.get_mut(&endpoint.id())?.checkout(&mut ended)
     }
 
     /// A stream: on an open connection, on one that is being made, or on a new one.
     pub(crate) async fn acquire(
         shard: &Arc<Shard>,
+        cluster: &Cluster,
         runtime: &Arc<ClusterRuntime>,
-        spec: &ClusterSpec,
         endpoint: &Arc<Endpoint>,
     ) -> Result<Self, Error> {
         if let Some(lease) = Self::idle(shard, endpoint) {
             return Ok(lease);
         }
-        let _pending = pending(runtime, &spec.pool)?;
+        let settings = &cluster.spec().pool;
+        let _pending = pending(runtime, settings)?;
         let mut waited = u64::MAX;
         let change = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
+        let _waiting = Waiting::new(shard, endpoint.id());
+        // What a connection is good for, as far as we know before the peer has said.
+        let room =
+            settings.max_concurrent_streams.min(settings.max_requests_per_connection.unwrap_or(u32::MAX));
+        let room = usize::try_from(room.max(1)).unwrap_or(usize::MAX);
+        let mut dial: Option<Dial<'_, Made>> = None;
         loop {
             let mut changed = std::pin::pin!(change.notified());
             let mut freed = std::pin::pin!(runtime.freed.notified());
             // From here on nothing that changes is missed.
             changed.as_mut().enable();
             freed.as_mut().enable();
-            let (connecting, first) = {
+            let mut ended = Vec::new();
+            let first = {
                 let mut inner = shard.lock();
                 let pool = inner.h2.entry(endpoint.id()).or_default();
-                if let Some(lease) = pool.checkout() {
+                if let Some(lease) = pool.checkout(&mut ended) {
                     // One notification wakes one request; there may be room for the next.
                     pool.changed.notify_one();
                     return Ok(lease);
                 }
-                if let Some((attempt, error)) = &pool.failed
+                if dial.is_some() {
+                    // Its own connection is what it waits for, or a stream that becomes free.
+                    None
+                } else if let Some((attempt, error)) = &pool.failed
                     && *attempt >= waited
                 {
                     return Err(again(error));
+                } else {
+                    let is_served = if pool.proven {
+                        pool.connecting.saturating_mul(room) >= pool.waiting
+                    } else {
+                        pool.connecting > 0
+                    };
+                    waited = if is_served { pool.attempts } else { u64::MAX };
+                    (!is_served).then_some(pool.conns.is_empty() && pool.connecting == 0)
                 }
-                waited = if pool.connecting > 0 { pool.attempts } else { u64::MAX };
-                (pool.connecting > 0, pool.conns.is_empty())
             };
-            if !connecting && let Some(slot) = Slot::acquire(runtime, endpoint, &spec.pool, first) {
-                let making = Self::make(Arc::clone(shard), &spec.pool, endpoint, slot);
-                // The connection is in the pool when it is made; the stream is what nobody needs any more.
-                return Dial::new(making, drop).made().await;
+            drop(ended);
+            if let Some(first) = first
+                && let Some(slot) = Slot::acquire(runtime, endpoint, settings, first)
+            {
+                let making = Self::make(Arc::clone(shard), settings, endpoint, slot);
+                dial = Some(Dial::new(cluster, runtime, endpoint, making, Made::keep));
             }
+            let is_dialling = dial.is_some();
             tokio::select! {
                 // The same events in the same order: what happens can be replayed.
                 biased;
+                made = made(&mut dial) => return made.map(Made::stream),
                 () = changed => {}
-                () = freed => {}
+                () = freed, if !is_dialling => {}
             }
         }
     }
 
-    /// A stream on a connection that is made for it: the request that made it has it, whatever became of the endpoint
-    /// meanwhile.
+    /// Makes a connection. It begins at once: what is returned is the rest.
     fn make(
         shard: Arc<Shard>,
         settings: &PoolSettings,
         endpoint: &Arc<Endpoint>,
         slot: Slot,
-    ) -> impl Future<Output = Result<Self, Error>> + Send + use<> {
+    ) -> impl Future<Output = Result<Made, Error>> + Send + use<> {
         let connecting = Connecting::new(&shard, endpoint.id());
         let (settings, endpoint) = (settings.clone(), Arc::clone(endpoint));
         async move {
-            let made = Self::connect(&shard, &settings, &endpoint, slot).await;
-            if let Err(error) = &made {
-                connecting.failed(error);
+            match Self::connect(&shard, &settings, &endpoint, slot).await {
+                Ok(conn) => Ok(Made { conn, connecting }),
+                Err(error) => {
+                    connecting.failed(&error);
+                    Err(error)
+                }
             }
-            drop(connecting);
-            made
         }
     }
 
@@ -196,7 +224,7 @@ impl Lease {
         settings: &PoolSettings,
         endpoint: &Arc<Endpoint>,
         slot: Slot,
-    ) -> Result<Self, Error> {
+    ) -> Result<Conn, Error> {
         let (stream, local) = open(shard, &endpoint.target(Spoken::Http2), settings).await?;
         let allowed = Arc::new(AtomicU32::new(u32::MAX));
         let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
@@ -207,6 +235,7 @@ impl Lease {
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(STREAM_WINDOW * 16);
         if let Some(keepalive) = settings.http2_keepalive {
+            // Longer than a clock can tell, they would panic in hyper.
             builder
                 .keep_alive_interval(keepalive.interval.min(NEVER))
                 .keep_alive_timeout(keepalive.timeout.min(NEVER))
@@ -226,19 +255,14 @@ impl Lease {
             drop(ended);
         });
         shard.sweep();
-        let mut inner = shard.lock();
-        let pool = inner.h2.entry(endpoint.id()).or_default();
-        let mut conn = Conn {
+        Ok(Conn {
             sender,
             streams: Arc::default(),
             max_streams: settings.max_concurrent_streams.max(1),
             allowed,
             meta: ConnMeta::new(local, endpoint, settings),
             idle_since: mesh_core::clock::now(),
-        };
-        let lease = conn.stream(&pool.changed);
-        pool.conns.push(conn);
-        Ok(lease)
+        })
     }
 
     /// Sends the request, now; the future is that of its response. Called once.
@@ -258,17 +282,50 @@ impl Lease {
     }
 }
 
-/// A request that was handed to its connection. Without one there is nothing to wait for, and no end of it.
-#[pin_project]
-struct Handed<F>(#[pin] Option<F>);
+/// A connection that has just been made. Whoever waits for it hears of it when it is in the pool.
+struct Made {
+    conn: Conn,
+    connecting: Connecting,
+}
 
-impl<F: Future> Future for Handed<F> {
-    type Output = F::Output;
+impl Made {
+    /// Its first stream: the request that made it has it, whatever became of the endpoint meanwhile.
+    fn stream(self) -> Lease {
+        self.put(|conn, changed| conn.stream(changed))
+    }
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        match self.project().0.as_pin_mut() {
-            Some(handed) => handed.poll(cx),
-            None => Poll::Pending,
+    /// Without a stream: the request that made it is gone, and none of its requests is spent.
+    fn keep(self) {
+        self.put(|_, _| ());
+    }
+
+    fn put<T>(mut self, first: impl FnOnce(&mut Conn, &Arc<Notify>) -> T) -> T {
+        let mut inner = self.connecting.shard.lock();
+        let pool = inner.h2.entry(self.connecting.endpoint).or_default();
+        pool.proven = true;
+        let taken = first(&mut self.conn, &pool.changed);
+        pool.conns.push(self.conn);
+        taken
+    }
+}
+
+/// Counts a request that waits for a stream.
+struct Waiting<'s> {
+    shard: &'s Arc<Shard>,
+    endpoint: u64,
+}
+
+impl<'s> Waiting<'s> {
+    fn new(shard: &'s Arc<Shard>, endpoint: u64) -> Self {
+        shard.lock().h2.entry(endpoint).or_default().waiting += 1;
+        Self { shard, endpoint }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(pool) = self.shard.lock().h2.get_mut(&self.endpoint) {
+            pool.waiting = pool.waiting.saturating_sub(1);
         }
     }
 }
@@ -295,6 +352,7 @@ impl Connecting {
     fn failed(&self, error: &Error) {
         if let Some(pool) = self.shard.lock().h2.get_mut(&self.endpoint) {
             pool.failed = Some((self.attempt, Arc::new(again(error))));
+            pool.proven = pool.proven && pool.conns.iter().any(|conn| !conn.sender.is_closed());
         }
     }
 }

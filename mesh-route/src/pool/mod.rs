@@ -9,6 +9,7 @@
 //! A connection that is being made outlives the request that began it: when that one is late or served otherwise, it is
 //! made for the next. Else an endpoint that takes longer to connect to than a request has would never be connected to.
 
+mod dial;
 pub(crate) mod h1;
 pub(crate) mod h2;
 
@@ -16,11 +17,14 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use http::StatusCode;
 use mesh_core::{Error, ErrorKind, ResponseFlags};
+use pin_project::pin_project;
 
+use self::dial::Dial;
 use crate::circuit_breaker;
 use crate::cluster::PoolSettings;
 use crate::endpoint::Endpoint;
@@ -97,41 +101,17 @@ impl Drop for Slot {
     }
 }
 
-type Making<L> = Pin<Box<dyn Future<Output = Result<L, Error>> + Send>>;
+/// A request that was handed to its connection. Without one there is nothing to wait for, and no end of it.
+#[pin_project]
+pub(crate) struct Handed<F>(#[pin] pub(crate) Option<F>);
 
-/// A connection that is being made. The request that began it waits for it; left by that one, it goes on by itself
-/// within the connect timeout.
-struct Dial<L: Send + 'static> {
-    making: Option<Making<L>>,
-    /// What becomes of one that nobody has waited for.
-    keep: fn(L),
-}
+impl<F: Future> Future for Handed<F> {
+    type Output = F::Output;
 
-impl<L: Send + 'static> Dial<L> {
-    fn new(making: impl Future<Output = Result<L, Error>> + Send + 'static, keep: fn(L)) -> Self {
-        Self { making: Some(Box::pin(making)), keep }
-    }
-
-    /// The connection, or why there is none.
-    async fn made(&mut self) -> Result<L, Error> {
-        let Some(making) = &mut self.making else { return std::future::pending().await };
-        let made = making.await;
-        self.making = None;
-        made
-    }
-}
-
-impl<L: Send + 'static> Drop for Dial<L> {
-    fn drop(&mut self) {
-        if let Some(making) = self.making.take()
-            && let Ok(handle) = tokio::runtime::Handle::try_current()
-        {
-            let keep = self.keep;
-            handle.spawn(async move {
-                if let Ok(lease) = making.await {
-                    keep(lease);
-                }
-            });
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        match self.project().0.as_pin_mut() {
+            Some(handed) => handed.poll(cx),
+            None => Poll::Pending,
         }
     }
 }

@@ -26,7 +26,7 @@ use crate::balance::Choice;
 use crate::cluster::{BalancerKind, Cluster, Discovery, PoolSettings};
 use crate::connect::open;
 use crate::endpoint::{Endpoint, InFlight};
-use crate::outlier::{Observation, OutlierDetection};
+use crate::outlier::{Observation, Watch};
 use crate::pool;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
@@ -74,28 +74,10 @@ pub struct TcpReport {
 struct Picked {
     endpoint: Arc<Endpoint>,
     settings: PoolSettings,
+    /// Told whether there is a connection, as in Envoy: what becomes of it later says nothing.
     watch: Option<Watch>,
     _slot: pool::Slot,
     _in_flight: InFlight,
-}
-
-/// Whom outlier detection is told whether there is a connection, as in Envoy: what becomes of it later says nothing.
-struct Watch {
-    config: OutlierDetection,
-    runtime: Arc<ClusterRuntime>,
-    /// How many there are in the cluster.
-    endpoints: usize,
-}
-
-impl Watch {
-    fn of(cluster: &Cluster, runtime: &Arc<ClusterRuntime>) -> Option<Self> {
-        let config = cluster.spec().outlier_detection.clone()?;
-        Some(Self { config, runtime: Arc::clone(runtime), endpoints: cluster.endpoints().len() })
-    }
-
-    fn tell(self, endpoint: &Endpoint, seen: Observation) {
-        self.runtime.observe(&self.config, endpoint, seen, || self.endpoints);
-    }
 }
 
 /// What a connection that was made counts as.

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_route::{Http2Keepalive, PoolSettings, RetryOn, RetryPolicy, UpstreamProtocol};
+use mesh_route::{Http2Keepalive, OutlierDetection, PoolSettings, RetryOn, RetryPolicy, UpstreamProtocol};
 use mesh_testkit::scripted::{Reply, Script};
 use mesh_testkit::until;
 use tokio::task::JoinSet;
@@ -298,5 +298,83 @@ async fn bug_a_connection_that_may_live_longer_than_a_clock_can_tell_panicked() 
             tokio::time::sleep(Duration::from_secs(86_400)).await;
         }
         assert_eq!(network.dialled(addr), 1, "{protocol:?}: it lives");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_a_black_hole_behind_a_shorter_timeout_was_never_ejected() {
+    for protocol in BOTH {
+        let network = Network::default();
+        let addrs = [network.host(Host::Silent), network.host(Host::Silent)];
+        let cluster = cluster_of(&addrs, |spec| {
+            (spec.protocol, spec.pool) = (protocol, pool());
+            let three = OutlierDetection { consecutive_5xx: 3, ..OutlierDetection::default() };
+            spec.outlier_detection = Some(OutlierDetection { max_ejection_percent: 100, ..three });
+        });
+        let client = network.client(&cluster, |route| route.timeout(CONNECT_TIMEOUT / 4));
+        let runtime = cluster.runtime().unwrap();
+        let ejected = || runtime.with_outliers(|outliers| outliers.ejected());
+        let dialled = || addrs.map(|addr| network.dialled(addr)).iter().sum::<usize>();
+        for _ in 0..6 {
+            assert!(outcome(&client, get()).await.starts_with("504 UT "), "{protocol:?}");
+            // Nobody waits any more when the connection fails.
+            tokio::time::sleep(CONNECT_TIMEOUT).await;
+        }
+        assert_eq!((dialled(), ejected()), (6, 2), "{protocol:?}: three of each");
+        assert!(outcome(&client, get()).await.starts_with("503 UH "), "{protocol:?}");
+        nothing_is_left(&cluster, || 0).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_a_connection_for_one_request_was_lost_when_the_one_that_made_it_had_left() {
+    for protocol in BOTH {
+        let (network, up) = (Network::default(), Script::new("up", |_| Reply::Status(200)));
+        let late = Host::Late(Duration::from_millis(600), Arc::new(Host::script(&up, protocol)));
+        let addr = network.host(late);
+        let cluster = cluster_of(&[addr], |spec| {
+            spec.protocol = protocol;
+            spec.pool.max_requests_per_connection = Some(1);
+        });
+        let client = network.client(&cluster, |route| route.timeout(Duration::from_millis(500)));
+        for at in 1..=3 {
+            assert!(outcome(&client, get()).await.starts_with("504 UT "), "{protocol:?}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            assert_eq!(
+                outcome(&client, get()).await,
+                "200 - up",
+                "{protocol:?}: on the connection that was made"
+            );
+            assert_eq!((network.dialled(addr), up.requests()), (at, at), "{protocol:?}");
+        }
+        nothing_is_left(&cluster, || up.open()).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_connections_for_one_request_each_were_made_one_after_the_other() {
+    for protocol in BOTH {
+        let (network, up) = (Network::default(), Script::new("up", |_| Reply::Status(200)));
+        let addr = network.host(Host::script(&up, protocol));
+        let cluster = cluster_of(&[addr], |spec| {
+            spec.protocol = protocol;
+            spec.pool.max_requests_per_connection = Some(1);
+        });
+        let client = network.client(&cluster, |route| route);
+        assert_eq!(outcome(&client, get()).await, "200 - up", "{protocol:?}");
+        let second = Duration::from_secs(1);
+        network.replace(addr, Host::Late(second, Arc::new(Host::script(&up, protocol))));
+        let started = Instant::now();
+        let mut requests = JoinSet::new();
+        for _ in 0..100 {
+            let client = client.clone();
+            requests.spawn(async move { outcome(&client, get()).await });
+        }
+        for outcome in requests.join_all().await {
+            assert_eq!(outcome, "200 - up", "{protocol:?}");
+        }
+        assert_eq!(started.elapsed(), second, "{protocol:?}");
+        assert_eq!((network.most_dialling(), network.dialled(addr)), (100, 101), "{protocol:?}");
+        nothing_is_left(&cluster, || up.open()).await;
     }
 }

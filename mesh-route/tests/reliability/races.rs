@@ -1,15 +1,27 @@
 //! Connections that end just as a request is written (A2).
 
 use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use http::{Method, Request};
+use bytes::Bytes;
+use http::{Method, Request, Response};
+use http_body_util::Full;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_core::Body;
 use mesh_route::{Backoff, RetryOn, RetryPolicy, UpstreamProtocol};
 use mesh_testkit::h2_upstream::{Act, Http2Upstream};
 use mesh_testkit::upstream::{Ending, Recorder};
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::io::DuplexStream;
+use tokio::sync::Notify;
 
-use crate::support::{BOTH, client, cluster_of, nothing_is_left, outcome};
+use crate::support::{BOTH, Host, Network, client, cluster_of, get, nothing_is_left, outcome};
 
 /// Races of each protocol and way to end.
 const RACES: usize = 2500;
@@ -103,5 +115,70 @@ async fn a2_a_connection_that_dies_as_a_request_is_written_duplicates_nothing() 
             );
             nothing_is_left(&cluster, || cluster.runtime().unwrap().connections() as usize).await;
         }
+    }
+}
+
+/// A connection that ends on one thread while a request is handed to it on another: hyper may leave the request between
+/// the two. Nothing but the end of the handle gives it back, and whoever waits for the answer held the handle. It is a race:
+/// while that was so, one run in five hung.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bug_a_request_handed_over_as_its_connection_ended_was_waited_for_for_ever() {
+    for protocol in BOTH {
+        let network = Network::default();
+        let seeds = Arc::new(AtomicU64::new(0));
+        let host = Host::Serves(Arc::new(move |stream| {
+            let rng = SmallRng::seed_from_u64(seeds.fetch_add(1, Ordering::Relaxed));
+            tokio::spawn(answer_once(stream, protocol, rng));
+        }));
+        let cluster = cluster_of(&[network.host(host)], |spec| spec.protocol = protocol);
+        let policy =
+            RetryPolicy::new(20, RetryOn::parse("reset").unwrap()).backoff(Backoff::new(Duration::ZERO));
+        let client = network.client(&cluster, |route| route.retry(policy));
+        let mut rng = SmallRng::seed_from_u64(7);
+        for number in 0..4 * RACES {
+            let answered = tokio::time::timeout(Duration::from_secs(20), outcome(&client, get())).await;
+            // The end may cut the answer too; what must not be is that there is none.
+            let answered = answered.unwrap_or_else(|_| panic!("{protocol:?}, request {number} hangs"));
+            assert!(answered.starts_with("200 "), "{protocol:?}, request {number}: {answered}");
+            spin(&mut rng);
+        }
+        nothing_is_left(&cluster, || cluster.runtime().unwrap().connections() as usize).await;
+    }
+}
+
+/// Answers the first request, and is gone a little later.
+async fn answer_once(stream: DuplexStream, protocol: UpstreamProtocol, mut rng: SmallRng) {
+    let answered = Arc::new(Notify::new());
+    let tell = Arc::clone(&answered);
+    let service = service_fn(move |_| {
+        tell.notify_one();
+        async { Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(b"ok")))) }
+    });
+    let io = TokioIo::new(stream);
+    let serving = async {
+        // Its end is what the test is about.
+        if protocol == UpstreamProtocol::Http2 {
+            let _ = http2::Builder::new(TokioExecutor::new()).serve_connection(io, service).await;
+        } else {
+            let _ = http1::Builder::new().serve_connection(io, service).await;
+        }
+    };
+    tokio::select! {
+        () = serving => {}
+        () = async {
+            answered.notified().await;
+            // The answer is written.
+            for _ in 0..4 {
+                tokio::task::yield_now().await;
+            }
+            spin(&mut rng);
+        } => {}
+    }
+}
+
+/// Now longer, now shorter, from a seed.
+fn spin(rng: &mut SmallRng) {
+    for _ in 0..rng.random_range(0..2000) {
+        std::hint::spin_loop();
     }
 }

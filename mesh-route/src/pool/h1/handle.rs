@@ -1,0 +1,129 @@
+//! hyper's handle of a connection, in a place where the connection finds it when it ends.
+//!
+//! In a runtime of several threads a request may be handed over just when its connection ends on another. hyper then
+//! leaves it between the two, and gives it back only when the handle is dropped; but whoever waits for the answer holds
+//! the handle, for the next request. So it is lent while a request is under way, and the end of the connection drops it.
+
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
+use hyper::client::conn::http1::SendRequest;
+use mesh_core::Body;
+
+use crate::pool::Handed;
+
+/// The handle of a connection.
+#[derive(Debug)]
+pub(super) struct Handle {
+    /// There between requests.
+    sender: Option<SendRequest<Body>>,
+    /// Where it is while a request is under way.
+    lent: Arc<Lent>,
+}
+
+/// What the connection looks into when it ends.
+#[derive(Debug, Default)]
+struct Lent(Mutex<State>);
+
+/// Held by what drives the connection: with it, the connection has ended.
+pub(super) struct End(Arc<Lent>);
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Nothing,
+    Sender(SendRequest<Body>),
+    Ended,
+}
+
+impl Lent {
+    fn lend(&self, sender: SendRequest<Body>) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*state, State::Ended) {
+            // Dropped outside the lock: a request may come back by it.
+            drop(state);
+            drop(sender);
+        } else {
+            *state = State::Sender(sender);
+        }
+    }
+
+    /// What is there; nothing is left but the end.
+    fn take(&self) -> Option<SendRequest<Body>> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::take(&mut *state) {
+            State::Sender(sender) => Some(sender),
+            State::Nothing => None,
+            State::Ended => {
+                *state = State::Ended;
+                None
+            }
+        }
+    }
+
+    fn end(&self) -> State {
+        std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), State::Ended)
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        // A request that was left comes back: by this, or as soon as the handle is lent.
+        drop(self.0.end());
+    }
+}
+
+impl Handle {
+    pub(super) fn new(sender: SendRequest<Body>) -> (Self, End) {
+        let lent = Arc::<Lent>::default();
+        (Self { sender: Some(sender), lent: Arc::clone(&lent) }, End(lent))
+    }
+
+    /// Whether it takes no more requests. One that is lent takes none either.
+    pub(super) fn is_closed(&self) -> bool {
+        self.sender.as_ref().is_none_or(SendRequest::is_closed)
+    }
+
+    /// Whether it takes a request now.
+    pub(super) fn is_ready(&self) -> bool {
+        self.sender.as_ref().is_some_and(SendRequest::is_ready)
+    }
+
+    /// Waits until it takes a request; false when it takes no more.
+    pub(super) async fn ready(&mut self) -> bool {
+        let Some(sender) = &mut self.sender else { return false };
+        poll_fn(|cx| sender.poll_ready(cx)).await.is_ok()
+    }
+
+    /// Hands the request over, now; the future is that of its response. Called once until it is taken back; again, there
+    /// is nothing to wait for.
+    pub(super) fn send(
+        &mut self,
+        request: Request<Body>,
+    ) -> impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Body>>>> + use<> {
+        let sending = self.sender.take().map(|mut sender| {
+            let sending = sender.try_send_request(request);
+            self.lent.lend(sender);
+            sending
+        });
+        Handed(sending)
+    }
+
+    /// Takes it back after a request; whether it takes more.
+    pub(super) fn take_back(&mut self) -> bool {
+        if self.sender.is_none() {
+            self.sender = self.lent.take();
+        }
+        !self.is_closed()
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // The connection holds the place where it is lent, and is to end without it.
+        drop(self.lent.take());
+    }
+}
