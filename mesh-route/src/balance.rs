@@ -24,7 +24,7 @@ pub mod zone_aware;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use rand::{Rng, RngExt as _};
@@ -38,6 +38,7 @@ pub use self::zone_aware::ZoneAware;
 use self::warm_up::Warming;
 use crate::cluster::{BalancerKind, ClusterSpec};
 use crate::endpoint::{Endpoint, EndpointSet, Member};
+use crate::lock_order::{Ordered, TABLES};
 
 /// How often an endpoint is drawn to find one that was not tried, as Istio sets it.
 const HOST_SELECTIONS: usize = 5;
@@ -431,14 +432,14 @@ impl Table {
 /// The tables of a process: clusters with equal endpoints share theirs. Only who makes clusters or resolves names comes
 /// here.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Tables(Arc<Mutex<HashMap<TableKey, Weak<Table>>>>);
+pub(crate) struct Tables(Arc<Ordered<TABLES, HashMap<TableKey, Weak<Table>>>>);
 
 type TableKey = (BalancerKind, Box<[(SocketAddr, u32)]>);
 
 impl Tables {
     fn get(&self, kind: BalancerKind, endpoints: &EndpointSet) -> Arc<Table> {
         let members = endpoints.members().map(|member| (member.endpoint.addr(), member.weight)).collect();
-        let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tables = self.0.lock();
         let key = (kind, members);
         if let Some(table) = tables.get(&key).and_then(Weak::upgrade) {
             return table;

@@ -35,6 +35,7 @@ mod headers_layer;
 mod index;
 #[cfg(feature = "istio")]
 mod istio;
+mod lock_order;
 pub mod mirror;
 pub mod outlier;
 mod overrides;

@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 use crate::balance::Tables;
 use crate::cluster::{Cluster, ClusterSpec, Discovery, EndpointSpec};
 use crate::endpoint::{Endpoint, EndpointSet, Member};
+use crate::lock_order::{ATTACHED, CLUSTERS, DETECTOR, FOUND, Guard, KNOWN, Ordered};
 use crate::mirror::{MirrorCounters, Mirroring};
 use crate::outlier::{Detector, Observation, OutlierDetection};
 use crate::permit::Permit;
@@ -29,7 +30,7 @@ use crate::retry::Retries;
 /// Every cluster of the process, by name.
 #[derive(Clone, Debug, Default)]
 pub struct Clusters {
-    runtimes: Arc<Mutex<HashMap<ClusterName, Weak<ClusterRuntime>>>>,
+    runtimes: Arc<Ordered<CLUSTERS, HashMap<ClusterName, Weak<ClusterRuntime>>>>,
     tables: Tables,
     mirroring: Mirroring,
 }
@@ -42,11 +43,11 @@ pub struct ClusterRuntime {
     id: u64,
     name: ClusterName,
     resolved: ArcSwap<EndpointSet>,
-    known: Mutex<Known>,
+    known: Ordered<KNOWN, Known>,
     /// How endpoints are secured, and those that the resolver found last.
-    found: Mutex<(UpstreamTls, Vec<EndpointSpec>)>,
+    found: Ordered<FOUND, (UpstreamTls, Vec<EndpointSpec>)>,
     /// The clusters of living generations, whose balancers follow what happens here.
-    attached: Mutex<Vec<Weak<Cluster>>>,
+    attached: Ordered<ATTACHED, Vec<Weak<Cluster>>>,
     tables: Tables,
     /// Clusters of living generations that are attached.
     holders: AtomicU32,
@@ -57,7 +58,7 @@ pub struct ClusterRuntime {
     retries: Retries,
     mirroring: Mirroring,
     mirrors: MirrorCounters,
-    detector: Mutex<Detector>,
+    detector: Ordered<DETECTOR, Detector>,
     /// When the next ejection ends, in nanoseconds since `origin`; the greatest number when nobody is ejected.
     next_return: AtomicU64,
     origin: Instant,
@@ -74,7 +75,7 @@ impl Clusters {
 
     /// Attaches each cluster to its runtime. Called before the generation that holds them is published.
     pub fn reconcile(&self, clusters: &[Arc<Cluster>]) {
-        let mut runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut runtimes = self.runtimes.lock();
         for cluster in clusters {
             if cluster.runtime().is_some() {
                 continue;
@@ -114,7 +115,7 @@ impl Clusters {
     /// The runtimes that some generation still holds, in order of name.
     #[must_use]
     pub fn runtimes(&self) -> Vec<Arc<ClusterRuntime>> {
-        let runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
+        let runtimes = self.runtimes.lock();
         let mut all: Vec<_> = runtimes.values().filter_map(Weak::upgrade).collect();
         all.sort_by(|left, right| left.name.cmp(&right.name));
         all
@@ -128,9 +129,9 @@ impl ClusterRuntime {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             name,
             resolved: ArcSwap::default(),
-            known: Mutex::default(),
-            found: Mutex::default(),
-            attached: Mutex::default(),
+            known: Ordered::default(),
+            found: Ordered::default(),
+            attached: Ordered::default(),
             tables,
             holders: AtomicU32::new(0),
             connections: AtomicU32::new(0),
@@ -140,7 +141,7 @@ impl ClusterRuntime {
             retries: Retries::default(),
             mirroring,
             mirrors: MirrorCounters::default(),
-            detector: Mutex::default(),
+            detector: Ordered::default(),
             next_return: AtomicU64::new(u64::MAX),
             origin: mesh_core::clock::now(),
             freed: Notify::new(),
@@ -200,8 +201,8 @@ impl ClusterRuntime {
         }
     }
 
-    fn found(&self) -> MutexGuard<'_, (UpstreamTls, Vec<EndpointSpec>)> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    fn found(&self) -> Guard<'_, (UpstreamTls, Vec<EndpointSpec>)> {
+        self.found.lock()
     }
 
     /// Endpoints were ejected or have returned: who changed that has the clusters pick from others.
@@ -233,8 +234,8 @@ impl ClusterRuntime {
         drop(attached);
     }
 
-    fn attached(&self) -> MutexGuard<'_, Vec<Weak<Cluster>>> {
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    fn attached(&self) -> Guard<'_, Vec<Weak<Cluster>>> {
+        self.attached.lock()
     }
 
     /// The endpoint of an address, for destinations that come with the request. Who it is nobody knows, so it is secured
@@ -322,53 +323,63 @@ impl ClusterRuntime {
         self.retries.admit(spec.pool.max_retries, spec.retry_budget.as_ref(), active, acquire)
     }
 
-    /// Tells outlier detection what a try came to.
+    /// Tells outlier detection what a try came to; whether the endpoint is ejected by it.
     pub(crate) fn observe(
         &self,
         config: &OutlierDetection,
         endpoint: &Endpoint,
         seen: Observation,
         endpoints: impl FnOnce() -> usize,
-    ) {
-        let Some(evidence) = endpoint.failures().observe(config, seen) else { return };
+    ) -> bool {
+        let Some(evidence) = endpoint.failures().observe(config, seen) else { return false };
         // What a request that was under way says of an endpoint that is gone keeps nobody else from being ejected.
         if endpoint.is_retired() {
-            return;
+            return false;
         }
         // Before the detector is locked: who counts them may lock what another holds who waits for the detector.
         let endpoints = endpoints();
         let mut detector = self.detector();
         let now = mesh_core::clock::now();
-        if detector.trip(config, endpoint.addr(), evidence, endpoints, now) {
+        let noted = detector.noted();
+        let is_ejected = detector.trip(config, endpoint.addr(), evidence, endpoints, now);
+        if is_ejected {
             endpoint.set_ejected(true);
+        }
+        let event = detector.events().last().filter(|_| detector.noted() > noted).cloned();
+        self.set_next_return(&detector);
+        drop(detector);
+        if is_ejected {
             self.availability_changed();
         }
-        if let Some(event) = detector.events().last() {
+        if let Some(event) = event {
             tracing::warn!(cluster = %self.name, endpoint = %event.endpoint, "outlier detection: {}", event.kind);
         }
-        self.set_next_return(&detector);
+        is_ejected
     }
 
-    /// Ends the ejections whose time is over. Costs a look at one number while nobody is ejected.
-    pub(crate) fn let_return(&self, now: impl FnOnce() -> Instant) {
+    /// Ends the ejections whose time is over; whether there was one. Costs a look at one number while nobody is ejected.
+    pub(crate) fn let_return(&self, now: impl FnOnce() -> Instant) -> bool {
         let next = self.next_return.load(Ordering::Acquire);
         if next == u64::MAX {
-            return;
+            return false;
         }
         let now = now();
         if nanos(self.origin, now) < next {
-            return;
+            return false;
         }
         let mut detector = self.detector();
         let returned = detector.sweep(now);
-        for addr in &returned {
-            self.returned(*addr);
+        returned.iter().for_each(|addr| self.returned(*addr));
+        self.set_next_return(&detector);
+        drop(detector);
+        if returned.is_empty() {
+            return false;
+        }
+        self.availability_changed();
+        for addr in returned {
             tracing::info!(cluster = %self.name, endpoint = %addr, "outlier detection: returned");
         }
-        if !returned.is_empty() {
-            self.availability_changed();
-        }
-        self.set_next_return(&detector);
+        true
     }
 
     /// Without outlier detection nobody is ejected.
@@ -378,6 +389,7 @@ impl ClusterRuntime {
         let known: Vec<_> = self.known().values().filter_map(Weak::upgrade).collect();
         known.iter().for_each(|endpoint| endpoint.set_ejected(false));
         self.set_next_return(&detector);
+        drop(detector);
         self.availability_changed();
     }
 
@@ -394,12 +406,12 @@ impl ClusterRuntime {
         self.next_return.store(next, Ordering::Release);
     }
 
-    fn detector(&self) -> MutexGuard<'_, Detector> {
-        self.detector.lock().unwrap_or_else(PoisonError::into_inner)
+    fn detector(&self) -> Guard<'_, Detector> {
+        self.detector.lock()
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn known(&self) -> Guard<'_, Known> {
+        self.known.lock()
     }
 
     /// A cluster of a generation is attached.
@@ -518,7 +530,7 @@ mod tests {
         for port in 1..=10_000 {
             drop(runtime.endpoint(([10, 0, 0, 1], port).into(), &UpstreamTls::Disable));
         }
-        assert!(runtime.known.lock().unwrap().len() <= 64);
+        assert!(runtime.known.lock().len() <= 64);
     }
 
     #[test]
@@ -557,7 +569,7 @@ mod tests {
         let config = OutlierDetection { consecutive_5xx: 1, ..OutlierDetection::default() };
         let mut is_free = false;
         runtime.observe(&config, &endpoint, Observation::of_response(StatusCode::BAD_GATEWAY, None), || {
-            is_free = runtime.detector.try_lock().is_ok();
+            is_free = runtime.detector.is_free();
             1
         });
         assert!(is_free, "who counts holds a lock of its own, and others take the two the other way round");

@@ -5,7 +5,7 @@
 //! thread takes it; embedded in a multi-threaded runtime, tasks of the same stack share it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use http::HeaderValue;
@@ -16,6 +16,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use crate::balance::{Choice, Cursors};
 use crate::cluster::Cluster;
 use crate::endpoint::Endpoint;
+use crate::lock_order::{Guard, Ordered, SHARD};
 use crate::pool::{h1, h2};
 use crate::runtime::ClusterRuntime;
 use crate::timeout::Timers;
@@ -26,7 +27,7 @@ const SWEEP: Duration = Duration::from_secs(1);
 /// The state of one worker's dispatching.
 #[derive(Debug)]
 pub struct Shard {
-    inner: Mutex<Inner>,
+    inner: Ordered<SHARD, Inner>,
     timers: Arc<Timers>,
     connector: Option<Arc<dyn Connect>>,
     originator: Option<Arc<dyn Originate>>,
@@ -89,7 +90,7 @@ impl Shard {
             timers: Arc::default(),
             connector,
             originator,
-            inner: Mutex::new(Inner {
+            inner: Ordered::new(Inner {
                 rng: SmallRng::seed_from_u64(seed),
                 h1: HashMap::default(),
                 h2: HashMap::default(),
@@ -113,8 +114,8 @@ impl Shard {
         &self.timers
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn lock(&self) -> Guard<'_, Inner> {
+        self.inner.lock()
     }
 
     /// An endpoint of the cluster; `None` when none is available.
@@ -152,11 +153,11 @@ async fn sweep(shard: Weak<Shard>) {
         tokio::time::sleep(SWEEP).await;
         let Some(shard) = shard.upgrade() else { return };
         let now = mesh_core::clock::now();
-        let mut expired = Vec::new();
+        let mut expired = (Vec::new(), Vec::new());
         {
             let mut inner = shard.lock();
-            inner.h1.retain(|_, pool| pool.sweep(now, &mut expired));
-            inner.h2.retain(|_, pool| pool.sweep(now));
+            inner.h1.retain(|_, pool| pool.sweep(now, &mut expired.0));
+            inner.h2.retain(|_, pool| pool.sweep(now, &mut expired.1));
         }
         // Connections close outside the lock.
         drop(expired);

@@ -5,8 +5,9 @@ use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::task::{Context, Poll, ready};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker, ready};
 
 use http::{Request, Response, StatusCode};
 use mesh_core::{ClusterName, Error, ErrorKind, ResponseFlags, UpstreamTls};
@@ -18,6 +19,7 @@ use super::{Detector, Observation, OutlierDetection};
 use crate::balance::priority;
 use crate::endpoint::Endpoint;
 use crate::grpc;
+use crate::lock_order::{MEMBERS, Ordered};
 use crate::runtime::ClusterRuntime;
 
 /// Nobody can take the request: 503 `UH`.
@@ -73,7 +75,9 @@ pub struct OutlierGroup(Arc<Group>);
 struct Group {
     config: OutlierDetection,
     runtime: ClusterRuntime,
-    members: Mutex<HashMap<SocketAddr, Weak<Endpoint>>>,
+    members: Ordered<MEMBERS, HashMap<SocketAddr, Weak<Endpoint>>>,
+    /// Services that were told that theirs is not ready: they have to hear that nobody waits for it any more.
+    waiting: Mutex<HashMap<u64, Waker>>,
 }
 
 impl OutlierGroup {
@@ -81,14 +85,14 @@ impl OutlierGroup {
     #[must_use]
     pub fn new(name: &str, config: OutlierDetection) -> Self {
         let runtime = ClusterRuntime::alone(ClusterName::custom(name));
-        Self(Arc::new(Group { config, runtime, members: Mutex::default() }))
+        Self(Arc::new(Group { config, runtime, members: Ordered::default(), waiting: Mutex::default() }))
     }
 
     /// The layer for services that stand for this endpoint. The endpoint counts among those of the group as long as the
     /// layer lives or a service that it made; whoever asks for the same address meanwhile gets the same endpoint.
     #[must_use]
     pub fn endpoint(&self, addr: SocketAddr) -> OutlierDetectionLayer {
-        let mut members = self.0.members.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut members = self.0.members.lock();
         members.retain(|_, member| member.strong_count() > 0);
         self.0.runtime.retain_outliers(|addr| members.contains_key(addr));
         let endpoint = self.0.runtime.endpoint(addr, &UpstreamTls::Disable);
@@ -98,19 +102,20 @@ impl OutlierGroup {
 
     /// Reads who is ejected and why; ejections that are over have ended.
     pub fn with_outliers<T>(&self, read: impl FnOnce(&Detector) -> T) -> T {
+        self.0.let_return();
         self.0.runtime.with_outliers(read)
     }
 }
 
 impl Group {
     fn members(&self) -> usize {
-        let members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        let members = self.members.lock();
         members.values().filter(|member| member.strong_count() > 0).count()
     }
 
     /// Whether the endpoint takes requests: it is not ejected, or too many are (DR-OD04).
     fn takes(&self, endpoint: &Endpoint) -> bool {
-        self.runtime.let_return(mesh_core::clock::now);
+        self.let_return();
         if !endpoint.is_ejected() {
             return true;
         }
@@ -120,8 +125,27 @@ impl Group {
         loads.iter().any(|load| load.panic)
     }
 
+    fn let_return(&self) {
+        if self.runtime.let_return(mesh_core::clock::now) {
+            // With those that returned there may be enough again without the others.
+            self.tell();
+        }
+    }
+
     fn observe(&self, endpoint: &Endpoint, seen: Observation) {
-        self.runtime.observe(&self.config, endpoint, seen, || self.members());
+        if self.runtime.observe(&self.config, endpoint, seen, || self.members()) {
+            self.tell();
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Waker>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has those look again who wait for a service: who takes requests has changed.
+    fn tell(&self) {
+        let waiting = std::mem::take(&mut *self.waiting());
+        waiting.into_values().for_each(Waker::wake);
     }
 }
 
@@ -149,7 +173,7 @@ impl<S> Layer<S> for OutlierDetectionLayer {
     type Service = DetectOutlier<S>;
 
     fn layer(&self, inner: S) -> DetectOutlier<S> {
-        DetectOutlier { inner, is_ready: false, layer: self.clone() }
+        DetectOutlier { inner, is_ready: false, wait: None, layer: self.clone() }
     }
 }
 
@@ -159,7 +183,41 @@ pub struct DetectOutlier<S> {
     inner: S,
     /// Whether `inner` has said that it is ready, and was not called since.
     is_ready: bool,
+    /// There while `inner` is waited for.
+    wait: Option<Wait>,
     layer: OutlierDetectionLayer,
+}
+
+/// A place among those who wait for a service of the group.
+#[derive(Debug)]
+struct Wait {
+    id: u64,
+    group: Arc<Group>,
+}
+
+impl Wait {
+    fn new(group: &Arc<Group>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), group: Arc::clone(group) }
+    }
+
+    fn by(&self, waker: &Waker) {
+        self.group.waiting().entry(self.id).or_insert_with(|| waker.clone()).clone_from(waker);
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        let waker = self.group.waiting().remove(&self.id);
+        // Outside the lock: whoever is the last to hold a task ends it.
+        drop(waker);
+    }
+}
+
+impl<S> DetectOutlier<S> {
+    fn takes(&self) -> bool {
+        self.layer.group.takes(&self.layer.endpoint)
+    }
 }
 
 impl<S: Clone> Clone for DetectOutlier<S> {
@@ -178,10 +236,17 @@ where
     type Future = ResponseFuture<S::Future>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        if !self.layer.group.takes(&self.layer.endpoint) {
+        if !self.takes() {
             return Poll::Ready(Ok(()));
         }
-        let ready = ready!(self.inner.poll_ready(cx)).map_err(Into::into);
+        let Poll::Ready(ready) = self.inner.poll_ready(cx) else {
+            let group = &self.layer.group;
+            self.wait.get_or_insert_with(|| Wait::new(group)).by(cx.waker());
+            // It may have been ejected before it was there to be told.
+            return if self.takes() { Poll::Pending } else { Poll::Ready(Ok(())) };
+        };
+        self.wait = None;
+        let ready = ready.map_err(Into::into);
         self.is_ready = ready.is_ok();
         if let Err(error) = &ready
             && let Some(seen) = Observation::of_failure(error.kind())
@@ -193,7 +258,7 @@ where
 
     fn call(&mut self, request: Request<B>) -> ResponseFuture<S::Future> {
         // One that has returned since it was found ejected was not asked whether it is ready, and is not called.
-        let state = if self.is_ready && self.layer.group.takes(&self.layer.endpoint) {
+        let state = if self.is_ready && self.takes() {
             self.is_ready = false;
             State::Asked(self.inner.call(request), Some(self.layer.clone()))
         } else {
@@ -343,6 +408,36 @@ mod tests {
         assert_eq!(ask(&bad).await, 500, "half is less than 60 %");
     }
 
+    /// A task that waits for a service.
+    struct Waits<S> {
+        service: S,
+        woken: Arc<Woken>,
+    }
+
+    #[derive(Default)]
+    struct Woken(AtomicU32);
+
+    impl std::task::Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    impl<S: Service<Request<Body>>> Waits<S> {
+        fn new(service: S) -> Self {
+            Self { service, woken: Arc::default() }
+        }
+
+        fn poll(&mut self) -> Poll<Result<(), S::Error>> {
+            let waker = Arc::clone(&self.woken).into();
+            self.service.poll_ready(&mut Context::from_waker(&waker))
+        }
+
+        fn is_woken(&self) -> bool {
+            self.woken.0.load(Ordering::Relaxed) > 0
+        }
+    }
+
     /// Ready as often as it is told, and broken when it is called without.
     #[derive(Clone)]
     struct ReadyTimes(Arc<AtomicU32>);
@@ -384,6 +479,26 @@ mod tests {
         service.ready().await.unwrap();
         assert!(service.clone().call(Request::new(Body::empty())).await.is_err());
         assert_eq!(service.call(Request::new(Body::empty())).await.unwrap().status(), 500);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dr_od02_bug_who_waited_for_an_endpoint_as_it_was_ejected_was_not_told_layer() {
+        let group = OutlierGroup::new("a", config());
+        let layer = group.endpoint(addr(1));
+        let never = Arc::<AtomicU32>::default();
+        let mut waits = Waits::new(layer.layer(ReadyTimes(never)));
+        assert!(waits.poll().is_pending() && waits.poll().is_pending());
+        let failing = layer.layer(answers(500, &Arc::default()));
+        assert_eq!([ask(&failing).await, ask(&failing).await], [500, 500]);
+        assert!(waits.is_woken(), "nothing else will wake it");
+        assert!(waits.poll().is_ready());
+        assert_eq!(ask(&waits.service).await, 5030);
+        // One that is gone is not told, and not kept.
+        let mut gone = Waits::new(group.endpoint(addr(2)).layer(ReadyTimes(Arc::default())));
+        assert!(gone.poll().is_pending());
+        assert_eq!(group.0.waiting().len(), 1);
+        drop((waits, gone));
+        assert_eq!(group.0.waiting().len(), 0);
     }
 
     #[tokio::test(start_paused = true)]
