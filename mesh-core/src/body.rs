@@ -73,6 +73,9 @@ pub trait BodyHook: Any + Send {
         Poll::Pending
     }
 
+    /// Whoever asked for frames has had none, and asks no more: the body is as good as new.
+    fn on_given_back(&mut self) {}
+
     /// A data frame passed.
     fn on_data(&mut self, _data: &Bytes) {}
 
@@ -178,6 +181,18 @@ impl Body {
     pub fn hook_mut<H: BodyHook>(&mut self) -> Option<&mut H> {
         let hook: &mut dyn Any = self.hook.as_deref_mut()?;
         hook.downcast_mut()
+    }
+
+    /// The first of the hooks that is an `H` and of which `is` says yes.
+    pub fn find_hook<H: BodyHook>(&mut self, mut is: impl FnMut(&H) -> bool) -> Option<&mut H> {
+        find(self.hook.as_deref_mut()?, &mut is)
+    }
+
+    /// Tells the hooks that nobody asks for frames any more, of whom none has been read: the body goes to somebody else.
+    pub fn give_back(&mut self) {
+        if let Some(hook) = &mut self.hook {
+            hook.on_given_back();
+        }
     }
 
     const fn of(kind: Kind) -> Self {
@@ -362,6 +377,11 @@ impl BodyHook for Both {
         }
     }
 
+    fn on_given_back(&mut self) {
+        self.0.on_given_back();
+        self.1.on_given_back();
+    }
+
     fn on_data(&mut self, data: &Bytes) {
         self.0.on_data(data);
         self.1.on_data(data);
@@ -381,6 +401,15 @@ impl BodyHook for Both {
         self.0.on_end(again);
         self.1.on_end(end);
     }
+}
+
+fn find<'h, H: BodyHook>(hook: &'h mut dyn BodyHook, is: &mut impl FnMut(&H) -> bool) -> Option<&'h mut H> {
+    let hook: &mut dyn Any = hook;
+    if hook.is::<Both>() {
+        let Both(first, second) = hook.downcast_mut()?;
+        return find(&mut **first, is).or_else(|| find(&mut **second, is));
+    }
+    hook.downcast_mut().filter(|hook| is(hook))
 }
 
 fn poll_kind(kind: &mut Kind, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
@@ -522,6 +551,15 @@ mod tests {
         assert!(body.hook_mut::<Record>().is_some() && body.hook_mut::<Impatient>().is_none());
         let mut body = body.with_hook(Impatient::default());
         assert!(body.hook_mut::<Record>().is_none(), "there are two");
+        let mut body = body.with_hook(Record::default());
+        let mut seen = 0;
+        let second = body.find_hook::<Record>(|_| {
+            seen += 1;
+            seen == 2
+        });
+        assert!(second.is_some_and(|second| !Arc::ptr_eq(&second.0, &record.0)));
+        assert!(body.find_hook::<Impatient>(|hook| hook.0 == 0).is_some());
+        assert!(body.find_hook::<Impatient>(|hook| hook.0 == 1).is_none());
         assert!(body.frame().await.unwrap().is_ok());
         assert!(body.frame().await.unwrap().is_err());
         assert!(body.frame().await.is_none());

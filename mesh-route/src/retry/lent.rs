@@ -60,6 +60,9 @@ impl HttpBody for Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         if let Some(Lender(lender)) = &self.lender {
+            if let Some(body) = &mut self.body {
+                body.give_back();
+            }
             *lender.lock().unwrap_or_else(PoisonError::into_inner) = self.body.take();
         }
     }

@@ -3,7 +3,8 @@
 //!
 //! What is here already has been received. Of a body that streams nobody knows before somebody asks for it, and nobody
 //! does while a connection is made or waited for: until then the time runs, as for any other. It stands still from the
-//! first time that the body is asked for, and starts again at its end, so that it does not cut an upload.
+//! first time that the body is asked for, and starts again at its end, so that it does not cut an upload. A body that comes
+//! back unread, for another try, is nobody's again, and the time that was left goes on.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -47,6 +48,8 @@ struct Received {
 struct Progress {
     /// `None` while the time stands still.
     deadline: Option<Instant>,
+    /// What was left when it began to.
+    left: Duration,
     /// Whether the whole request has been received.
     whole: bool,
     waiting: Option<Waker>,
@@ -66,7 +69,7 @@ impl Deadline {
         timer.set(at);
         let mut received = None;
         if !body.is_end_stream() && body.as_full().is_none() {
-            let progress = Progress { deadline: Some(at), whole: false, waiting: None };
+            let progress = Progress { deadline: Some(at), left: timeout, whole: false, waiting: None };
             received = Some(Received::by(body, timeout, progress, false));
         }
         timer.of = Some(Measured { timers: Arc::clone(timers), received, idles: false, beside: None, error });
@@ -85,7 +88,7 @@ impl Deadline {
         timer.set(at);
         // What is here already is nobody's to wait for.
         let whole = body.as_full().is_some();
-        let progress = Progress { deadline: Some(at), whole, waiting: None };
+        let progress = Progress { deadline: Some(at), left: timeout, whole, waiting: None };
         timer.of = Some(Measured {
             timers: Arc::clone(timers),
             received: Some(Received::by(body, timeout, progress, true)),
@@ -170,7 +173,11 @@ impl Received {
     fn by(body: &mut Body, timeout: Duration, progress: Progress, by_piece: bool) -> Arc<Self> {
         let request = Arc::new(Self { timeout, progress: Mutex::new(progress) });
         let hook = OnReceived { request: Arc::clone(&request), by_piece, begun: false };
-        *body = std::mem::take(body).with_hook(hook);
+        // A body that is sent again has those of the tries before, whose deadlines are gone.
+        match body.find_hook::<OnReceived>(|hook| Arc::strong_count(&hook.request) == 1) {
+            Some(over) => *over = hook,
+            None => *body = std::mem::take(body).with_hook(hook),
+        }
         request
     }
 
@@ -200,10 +207,18 @@ struct OnReceived {
 
 impl OnReceived {
     fn start(&self, whole: bool) {
+        self.go_on(|progress| {
+            progress.whole |= whole;
+            self.request.timeout
+        });
+    }
+
+    /// Lets the time run, for as long as this says.
+    fn go_on(&self, time: impl FnOnce(&mut Progress) -> Duration) {
         let waiting = {
             let mut progress = self.request.lock();
-            progress.deadline = Instant::now().checked_add(self.request.timeout);
-            progress.whole |= whole;
+            let time = time(&mut progress);
+            progress.deadline = Instant::now().checked_add(time);
             progress.waiting.take()
         };
         if let Some(waker) = waiting {
@@ -215,9 +230,18 @@ impl OnReceived {
 impl BodyHook for OnReceived {
     fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<Error> {
         if !std::mem::replace(&mut self.begun, true) && !self.by_piece {
-            self.request.lock().deadline = None;
+            let mut progress = self.request.lock();
+            if let Some(deadline) = progress.deadline.take() {
+                progress.left = deadline.saturating_duration_since(Instant::now());
+            }
         }
         Poll::Pending
+    }
+
+    fn on_given_back(&mut self) {
+        if std::mem::take(&mut self.begun) && !self.by_piece {
+            self.go_on(|progress| progress.left);
+        }
     }
 
     fn on_data(&mut self, _: &Bytes) {
@@ -241,4 +265,41 @@ impl BodyHook for Deadline {
     }
 
     fn on_end(&mut self, _: EndOfBody<'_>) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::channel::Channel;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn bug_the_deadlines_of_tries_that_were_over_stayed_on_the_body() {
+        let timers = Arc::default();
+        let second = Duration::from_secs(1);
+        let (_sender, body) = Channel::<Bytes, Error>::new(1);
+        let mut body = Body::new(body);
+        let route = Deadline::new(&timers, 9 * second, &mut body, crate::timeout::route);
+        let hooks = |body: &mut Body| {
+            let mut count = 0;
+            let none = body.find_hook::<OnReceived>(|_| {
+                count += 1;
+                false
+            });
+            assert!(none.is_none());
+            count
+        };
+        for _ in 0..4 {
+            let per_try = Deadline::new(&timers, 2 * second, &mut body, crate::timeout::per_try);
+            let both = Deadline::idle(&timers, second, &mut body, Some(per_try));
+            assert_eq!(hooks(&mut body), 3);
+            drop(both);
+        }
+        // And they still tell it who lives.
+        let mut per_try = Deadline::new(&timers, 2 * second, &mut body, crate::timeout::per_try);
+        let started = Instant::now();
+        poll_fn(|cx| per_try.poll_passed(cx)).await;
+        assert_eq!(started.elapsed(), 2 * second);
+        drop((route, per_try));
+    }
 }

@@ -186,16 +186,18 @@ where
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::task::ready;
 
     use http::StatusCode;
     use http_body::Frame;
     use http_body_util::{BodyExt as _, Full};
-    use mesh_core::ResponseFlags;
+    use mesh_core::{ErrorKind, ResponseFlags};
     use tokio::time::{Instant, Sleep, sleep};
     use tower::{ServiceBuilder, ServiceExt as _};
 
     use super::*;
+    use crate::{RetryLayer, RetryOn, RetryPolicy};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -325,6 +327,37 @@ mod tests {
         assert_eq!(answered(9, 9).await, (true, 34 * SECOND));
         assert_eq!(answered(9, 11).await, (false, 35 * SECOND));
         assert_eq!(answered(11, 0).await, (false, 10 * SECOND));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn vs_t01_bug_a_body_that_came_back_unread_was_waited_for_without_an_end_layer() {
+        // The first try asks for the body, is told that there is nothing yet, and fails; the second hangs.
+        let tries = Arc::new(AtomicU32::new(0));
+        let counted = Arc::clone(&tries);
+        let stack = ServiceBuilder::new()
+            .layer(TimeoutLayer::new(10 * SECOND))
+            .layer(RetryLayer::new(RetryPolicy::new(1, RetryOn::parse("connect-failure").unwrap())).seeded(1))
+            .service_fn(move |request: Request<Body>| {
+                let first = counted.fetch_add(1, Ordering::Relaxed) == 0;
+                async move {
+                    let mut body = request.into_body();
+                    if !first {
+                        return std::future::pending::<Result<Response<Body>, Error>>().await;
+                    }
+                    sleep(4 * SECOND).await;
+                    let asked = tokio::time::timeout(8 * SECOND, body.frame()).await;
+                    assert!(asked.is_err(), "nothing has come");
+                    let (status, flags) = (StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::NONE);
+                    Err(Error::new(ErrorKind::ConnectFailure, status, flags, "gone"))
+                }
+            });
+        let started = Instant::now();
+        let request = Request::post("/").body(slow([1000 * SECOND])).unwrap();
+        let late = tokio::time::timeout(100 * SECOND, stack.oneshot(request)).await.unwrap();
+        assert_eq!(late.unwrap_err().flags(), ResponseFlags::UPSTREAM_REQUEST_TIMEOUT);
+        assert_eq!(tries.load(Ordering::Relaxed), 2);
+        // It stood still for the 8 seconds in which the client was waited for.
+        assert_eq!(started.elapsed(), 18 * SECOND);
     }
 
     #[tokio::test(start_paused = true)]
