@@ -1,7 +1,8 @@
 //! B9: many proxies start at once, before the services that they all need.
 //!
 //! Each proxy is a stack of its own, in this process: its own clusters, pools and random numbers. At first nobody
-//! listens at the services; then all of them do.
+//! listens at the services; then all of them do. Once all proxies send their first request at the same moment, and once
+//! within half a second of each other, as those of pods that are started together do.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -33,10 +34,21 @@ const AT_ONCE: usize = 3;
 /// How long nobody listens.
 const DOWN: Duration = Duration::from_secs(1);
 
+/// Over how long the first requests are spread.
+const SPREAD: Duration = Duration::from_millis(500);
+
 /// An outage that is too long.
 const GOAL: Duration = Duration::from_secs(2);
 
 pub(crate) async fn run(proxies: usize, time: Duration) -> bool {
+    let mut good = true;
+    for spread in [Duration::ZERO, SPREAD] {
+        good &= start(proxies, time, spread).await;
+    }
+    good
+}
+
+async fn start(proxies: usize, time: Duration, spread: Duration) -> bool {
     let mut services = Vec::new();
     for at in 0..SERVICES {
         // The port is free again when this listener is gone.
@@ -50,7 +62,7 @@ pub(crate) async fn run(proxies: usize, time: Duration) -> bool {
     for proxy in 0..proxies {
         for (addr, protocol) in &services {
             let dialler = Dialler { proxy, dials: dials.clone() };
-            clients.spawn(proxied(proxy, *addr, *protocol, dialler, began + DOWN + time));
+            clients.spawn(proxied(proxy, *addr, *protocol, dialler, spread, began + DOWN + time));
         }
     }
     tokio::time::sleep_until((began + DOWN).into()).await;
@@ -73,7 +85,7 @@ pub(crate) async fn run(proxies: usize, time: Duration) -> bool {
     let failed: u64 = outcomes.iter().map(|seen| seen.failed).sum();
     let all = dials.counts();
     println!(
-        "b9: {proxies} proxies, {SERVICES} services; {failed} requests failed while nobody listened, {answered} were answered then; first answer after {:?} (median), {:?} (p99), {longest:?} (longest; goal {GOAL:?})",
+        "b9: {proxies} proxies, {SERVICES} services, first connects within {spread:?}; {failed} requests failed while nobody listened, {answered} were answered then; first answer after {:?} (median), {:?} (p99), {longest:?} (longest; goal {GOAL:?})",
         first.get(first.len() / 2).copied().unwrap_or_default(),
         first.get(first.len() * 99 / 100).copied().unwrap_or_default(),
     );
@@ -101,6 +113,7 @@ async fn proxied(
     addr: SocketAddr,
     protocol: UpstreamProtocol,
     dialler: Dialler,
+    spread: Duration,
     end: Instant,
 ) -> Seen {
     let mut spec =
@@ -117,6 +130,7 @@ async fn proxied(
         .service(dispatch(Shard::connecting_by(seed, Arc::new(dialler))));
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut seen = Seen::default();
+    tokio::time::sleep(spread.mul_f64(rng.random())).await;
     while Instant::now() < end {
         let mut requests = JoinSet::new();
         for _ in 0..AT_ONCE {
