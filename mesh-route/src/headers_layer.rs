@@ -78,15 +78,27 @@ where
     }
 
     #[inline]
-    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
-        let pending = if policies::has(&request, policies::HEADERS) { pending(&mut request) } else { None };
+    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+        if policies::has(&request, policies::HEADERS) {
+            return self.call_with_operations(request);
+        }
+        ResponseFuture { inner: self.inner.call(request), pending: None }
+    }
+}
+
+impl<S> Headers<S> {
+    /// Apart, so that what has no operations passes without a call, and without being moved.
+    #[inline(never)]
+    fn call_with_operations<B>(&mut self, mut request: Request<B>) -> ResponseFuture<S::Future>
+    where
+        S: Service<Request<B>>,
+    {
+        let pending = pending(&mut request);
         ResponseFuture { inner: self.inner.call(request), pending }
     }
 }
 
-/// Applies the operations of the route to the request; what is to be done to the response. Apart, so that what has no
-/// operations passes without a call.
-#[inline(never)]
+/// Applies the operations of the route to the request; what is to be done to the response.
 fn pending<B>(request: &mut Request<B>) -> Option<Pending> {
     let version = request.version();
     let context = request.extensions().get::<RequestContext>()?.clone();
