@@ -11,7 +11,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::uri::PathAndQuery;
 use http::{Request, Response};
@@ -22,6 +22,7 @@ use mesh_route::{
     TimeoutLayer, UpstreamProtocol, dispatch,
 };
 use tokio::net::TcpListener;
+use tokio::time::Instant;
 use tokio_stream::StreamExt as _;
 use tonic::client::{Grpc, GrpcService};
 use tonic::server::NamedService;
