@@ -4,8 +4,14 @@
 //! that its holder has the private one; whatever else it asks for must agree with the decision or is refused. Who may
 //! have which identity is the caller's decision, made before it comes here.
 //!
+//! An authority's own certificate ends, too: [`Authorities`] replaces it by another without anybody being refused. Who asks
+//! for the first time has no certificate to prove itself with: [`BootstrapTokens`] says whose a secret is.
+//!
 //! Everything is a pure function of the authority, the request and `now`; keys and serial numbers come from the
 //! operating system.
+
+mod authorities;
+mod tokens;
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -20,7 +26,13 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{
     CertificateDer, CertificateRevocationListDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer,
+    ServerName,
 };
+use x509_parser::certification_request::X509CertificationRequest;
+use x509_parser::prelude::FromDer as _;
+
+pub use self::authorities::{Authorities, Rotation, RotationUnderWay};
+pub use self::tokens::{BootstrapToken, BootstrapTokens, InvalidTokens, TokenRefusal};
 
 use crate::certificate::Leaf;
 use crate::source::{Identity, InvalidIdentity};
@@ -46,6 +58,8 @@ pub struct Signed {
     pub chain: Vec<CertificateDer<'static>>,
     /// The same in PEM.
     pub chain_pem: String,
+    /// When the workload's own certificate ends.
+    pub not_after: SystemTime,
 }
 
 /// A certificate that was issued together with its key.
@@ -85,6 +99,12 @@ pub enum CaError {
         /// Who the caller may be.
         id: SpiffeId,
     },
+    /// The key of the request is of a kind that is not signed, or cannot be used.
+    #[error("the key of the signing request cannot be used")]
+    Key,
+    /// A server's name is neither a DNS name nor an address.
+    #[error("{0:?} is no name of a server")]
+    ServerName(String),
     /// The authority's own certificate is over, or not begun.
     #[error("the authority's own certificate is not valid now")]
     NotValid,
@@ -109,7 +129,10 @@ impl Authority {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
-        params.distinguished_name.push(DnType::CommonName, "mesh root");
+        // A name of its own: who knows another root is told so, and not that a signature is bad.
+        params
+            .distinguished_name
+            .push(DnType::CommonName, format!("mesh root {:08x}", rand::random::<u32>()));
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
@@ -193,16 +216,26 @@ impl Authority {
         now: SystemTime,
         lifetime: Duration,
     ) -> Result<Signed, CaError> {
+        let asked_for = public_key(request).ok_or(CaError::Key)?;
         let request = CertificateSigningRequestParams::from_der(request).map_err(CaError::Request)?;
         for name in &request.params.subject_alt_names {
             let same = matches!(name, SanType::URI(asked) if asked.as_str() == id.as_str());
             if !same {
-                return Err(CaError::SomebodyElse { asked: format!("{name:?}"), id: id.clone() });
+                let asked = match name {
+                    SanType::URI(name) | SanType::DnsName(name) => name.as_str().to_owned(),
+                    other => format!("{other:?}"),
+                };
+                return Err(CaError::SomebodyElse { asked, id: id.clone() });
             }
         }
         let params = self.params(id, now, lifetime)?;
         let signed = params.signed_by(&request.public_key, &self.issuer).map_err(CaError::Sign)?;
-        Ok(Signed::of(&signed))
+        // The kind of the key is taken from how the request is signed, and the key itself may be of another kind.
+        let leaf = Leaf::read(signed.der()).map_err(|_| CaError::Key)?;
+        if leaf.spki != asked_for {
+            return Err(CaError::Key);
+        }
+        Signed::of(&signed)
     }
 
     /// Makes a key for `id` and signs it.
@@ -213,7 +246,34 @@ impl Authority {
         let key = KeyPair::generate().map_err(CaError::Sign)?;
         let params = self.params(id, now, lifetime)?;
         let signed = params.signed_by(&key, &self.issuer).map_err(CaError::Sign)?;
-        Ok(Issued { certificate: Signed::of(&signed), key })
+        Ok(Issued { certificate: Signed::of(&signed)?, key })
+    }
+
+    /// Makes a key for a server that is known by names and addresses, as the authority's own is, and signs it. It has no
+    /// SPIFFE ID: in the mesh it is nobody.
+    ///
+    /// # Errors
+    /// When the authority's own certificate is over, or signing fails.
+    pub fn issue_server(
+        &self,
+        names: &[ServerName<'_>],
+        now: SystemTime,
+        lifetime: Duration,
+    ) -> Result<Issued, CaError> {
+        let name = |name: &ServerName<'_>| match name {
+            ServerName::DnsName(name) => {
+                Ok(SanType::DnsName(name.as_ref().try_into().map_err(CaError::Sign)?))
+            }
+            ServerName::IpAddress(address) => Ok(SanType::IpAddress((*address).into())),
+            other => Err(CaError::ServerName(format!("{other:?}"))),
+        };
+        let mut params = self.leaf(now, lifetime)?;
+        params.subject_alt_names = names.iter().map(name).collect::<Result<_, _>>()?;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let key = KeyPair::generate().map_err(CaError::Sign)?;
+        let signed = params.signed_by(&key, &self.issuer).map_err(CaError::Sign)?;
+        Ok(Issued { certificate: Signed::of(&signed)?, key })
     }
 
     /// The list of revoked certificates, by serial number, until `lifetime` from now.
@@ -257,17 +317,23 @@ impl Authority {
         if id.path().is_empty() {
             return Err(CaError::NoPath(id.clone()));
         }
+        let mut params = self.leaf(now, lifetime)?;
+        params.subject_alt_names = vec![uri(id.as_str())?];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        Ok(params)
+    }
+
+    /// What all leaves have in common.
+    fn leaf(&self, now: SystemTime, lifetime: Duration) -> Result<CertificateParams, CaError> {
         if now >= self.not_after {
             return Err(CaError::NotValid);
         }
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, self.trust_domain.as_str());
-        params.subject_alt_names = vec![uri(id.as_str())?];
         params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.not_before = (now - CLOCK_SKEW).into();
         params.not_after = (now + lifetime).min(self.not_after).into();
         params.serial_number = Some(serial());
@@ -278,8 +344,13 @@ impl Authority {
 }
 
 impl Signed {
-    fn of(certificate: &rcgen::Certificate) -> Self {
-        Self { chain: vec![certificate.der().clone()], chain_pem: certificate.pem() }
+    fn of(certificate: &rcgen::Certificate) -> Result<Self, CaError> {
+        let leaf = Leaf::read(certificate.der()).map_err(|_| CaError::Key)?;
+        Ok(Self {
+            chain: vec![certificate.der().clone()],
+            chain_pem: certificate.pem(),
+            not_after: leaf.not_after,
+        })
     }
 }
 
@@ -308,6 +379,12 @@ impl fmt::Debug for Issued {
 
 fn uri(text: &str) -> Result<SanType, CaError> {
     Ok(SanType::URI(text.try_into().map_err(CaError::Sign)?))
+}
+
+/// The public key of a request with its algorithm, in DER.
+fn public_key(request: &CertificateSigningRequestDer<'_>) -> Option<Vec<u8>> {
+    let (rest, request) = X509CertificationRequest::from_der(request).ok()?;
+    rest.is_empty().then(|| request.certification_request_info.subject_pki.raw.to_vec())
 }
 
 /// 127 random bits: positive, and of one length.

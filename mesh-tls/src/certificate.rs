@@ -37,6 +37,8 @@ pub struct Leaf {
     pub is_ca: bool,
     /// Whether its key may sign certificates or lists of revoked ones.
     pub signs: bool,
+    /// Whether its issuer has its own name, as that of a root has.
+    pub is_self_issued: bool,
     /// Its subject in the form of RFC 4514; empty when it has none.
     pub subject: String,
     /// Its serial number as X.509 encodes it.
@@ -67,6 +69,7 @@ impl Leaf {
             email_sans: Vec::new(),
             is_ca: false,
             signs: false,
+            is_self_issued: parsed.subject().as_raw() == parsed.issuer().as_raw(),
             subject: parsed.subject().to_string(),
             serial: parsed.raw_serial().to_vec(),
             spki: parsed.public_key().raw.to_vec(),
