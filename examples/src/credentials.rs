@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_core::{Credential, CredentialFiles};
 use mesh_tls::istio::Secrets;
-use mesh_tls::source::{FilesError, Following, IdentityFiles, SecretFiles};
+use mesh_tls::source::{CertSource as _, FilesError, Following, IdentityFiles, SecretFiles};
 use mesh_tls::{Credentials, Material, Materials, SecretData, TrustBundle};
 use rustls::crypto::CryptoProvider;
 use tokio::runtime::Handle;
@@ -200,7 +200,7 @@ fn identity_files(files: &CredentialFiles) -> IdentityFiles {
 }
 
 /// The authorities that the system believes.
-fn system_roots() -> Result<TrustBundle, String> {
+pub(crate) fn system_roots() -> Result<TrustBundle, String> {
     let found = rustls_native_certs::load_native_certs();
     for error in &found.errors {
         tracing::warn!(%error, "an authority of the system cannot be read");

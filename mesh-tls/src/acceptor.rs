@@ -85,6 +85,22 @@ impl Acceptor {
         Ok(Self { own: Some(materials), ..Self::of(config, provider) })
     }
 
+    /// TLS for those who have no certificate yet: clients may show one of the mesh, and are told from each other by it, but
+    /// need none. What an authority has to serve, so its server is shown by the names of its certificate; over HTTP/2 alone.
+    ///
+    /// # Errors
+    /// When the provider has no TLS 1.2 or 1.3.
+    pub fn bootstrap(materials: Materials, provider: Arc<CryptoProvider>) -> Result<Self, rustls::Error> {
+        let rule = PeerRule::Svid { trust_domains: None, any_of: Vec::new() };
+        let verifier = PeerVerifier::new(materials.clone(), Arc::clone(&provider), rule).optional();
+        let mut config = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()?
+            .with_client_cert_verifier(Arc::new(verifier))
+            .with_cert_resolver(Arc::new(Ours(materials)));
+        config.alpn_protocols = vec![alpn::H2.to_vec()];
+        Ok(Self::of(config, provider))
+    }
+
     /// Any configuration of rustls, without sessions that could be resumed.
     #[must_use]
     pub fn of(mut config: ServerConfig, provider: Arc<CryptoProvider>) -> Self {

@@ -160,7 +160,7 @@ impl fmt::Debug for Connector {
 }
 
 /// Shows the identity of the moment, where there is one.
-struct Ours(Materials);
+pub(crate) struct Ours(pub(crate) Materials);
 
 impl ResolvesClientCert for Ours {
     fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {

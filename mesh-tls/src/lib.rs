@@ -12,6 +12,8 @@ pub mod gateway;
 mod inbound;
 #[cfg(feature = "istio")]
 pub mod istio;
+#[cfg(feature = "istio-ca")]
+pub mod istio_ca;
 pub mod rotate;
 mod secret;
 pub mod source;
@@ -25,5 +27,5 @@ pub use gateway::GatewayTls;
 pub use inbound::InboundTls;
 pub use mesh_core::sniff;
 pub use secret::SecretData;
-pub use source::{Identity, InvalidIdentity, Material, Materials};
+pub use source::{CertSource, Identity, InvalidIdentity, Material, Materials};
 pub use verifier::{PeerRule, PeerVerifier, Pin, Refusal};

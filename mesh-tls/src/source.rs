@@ -54,6 +54,13 @@ struct Shared {
     generation: watch::Sender<u64>,
 }
 
+/// Where certificates come from.
+pub trait CertSource: Send + 'static {
+    /// Stores what there is whenever it is not what was there before, for ever. What cannot be taken is logged, and what
+    /// was stored before stays for as long as it is good for anything.
+    fn run(self, materials: Materials) -> impl Future<Output = ()> + Send;
+}
+
 /// Why a certificate and its key are not taken.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -137,7 +137,8 @@ impl PeerVerifier {
         self
     }
 
-    fn judge(
+    /// Judges a chain as of `now`.
+    pub(crate) fn judge(
         &self,
         certificate: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use mesh_tls::Materials;
 use mesh_tls::ca::{Authority, Issued};
-use mesh_tls::source::IdentityFiles;
+use mesh_tls::source::{CertSource as _, IdentityFiles};
 
 const HOUR: Duration = Duration::from_secs(3600);
 

@@ -11,7 +11,7 @@ use mesh_core::istio::SourceFile;
 use mesh_core::watch::{Watcher, read};
 use rustls::crypto::CryptoProvider;
 
-use super::{Identity, InvalidIdentity, Material, Materials};
+use super::{CertSource, Identity, InvalidIdentity, Material, Materials};
 use crate::bundle::TrustBundle;
 use crate::secret::SecretData;
 
@@ -88,7 +88,7 @@ impl IdentityFiles {
         })
     }
 
-    /// Reads what is there, and goes on from it with [`Following::run`].
+    /// Reads what is there, and goes on from it with [`CertSource::run`].
     ///
     /// # Errors
     /// When a file cannot be read, or what is in them does not go together.
@@ -161,7 +161,7 @@ impl SecretFiles {
         })
     }
 
-    /// Reads what is there, and goes on from it with [`Following::run`]; the secret may come later.
+    /// Reads what is there, and goes on from it with [`CertSource::run`]; the secret may come later.
     pub fn follow(self, provider: Arc<CryptoProvider>) -> (Result<Material, FilesError>, Following) {
         Following::begin(Unit::Secret(self), provider, None)
     }
@@ -254,10 +254,10 @@ impl Following {
         }
         Ok(material)
     }
+}
 
-    /// Stores what the files have whenever it is not what was taken before, for ever. What does not go together is
-    /// logged, and what was stored before stays.
-    pub async fn run(self, materials: Materials) {
+impl CertSource for Following {
+    async fn run(self, materials: Materials) {
         let mut watcher = Watcher::new(self.unit.watched(), &self.read);
         loop {
             match self.material(&watcher.next().await) {
