@@ -19,10 +19,12 @@ use mesh_route::canary::Canaries;
 use mesh_route::diff::Counts;
 use mesh_route::{Clusters, MirrorOutcome, RouteTable, TcpRouteTable, dump};
 use mesh_telemetry::access_log::DroppedLines;
+use mesh_tls::Materials;
 use serde_json::{Value, json};
 
 use crate::control::Status;
 use crate::explain::Question;
+use crate::security::Asked;
 use crate::status::{Controls, Probers};
 
 /// What the endpoints show.
@@ -58,6 +60,10 @@ pub struct Admin {
     pub access_log: Option<DroppedLines>,
     /// When the process began.
     pub started: Instant,
+    /// The identity that an authority signs, where one is asked.
+    pub identity: Option<Asked>,
+    /// What handshakes of the mesh use.
+    pub materials: Materials,
     /// What the status port asks of the process.
     pub controls: Controls,
     /// The probes of the application, which the status port answers.
@@ -78,7 +84,10 @@ pub enum Port {
 }
 
 const PATHS: &[(&str, &str)] = &[
-    ("/ready", "200 when requests are served, 503 during a drain; generation, accepted, rejected"),
+    (
+        "/ready",
+        "200 when requests are served, 503 during a drain and before --ca has signed; generation, identity",
+    ),
     ("/healthz/ready", "the same, for probes"),
     ("/config_dump", "the configuration in force: routes, diagnostics, what is not enforced"),
     ("/clusters", "every cluster with its endpoints and counters"),
@@ -184,14 +193,25 @@ impl Admin {
             // Said again and again: it must not be missed.
             tracing::warn!("security configuration is not enforced: {warning}");
         }
-        let live = phase == Phase::Serving && loaded.since.is_some();
-        let body = json!({
-            "state": if live { "LIVE" } else { "DRAINING" },
+        let serving = phase == Phase::Serving && loaded.since.is_some();
+        // Only until the first certificate: one that is late later is no reason to send nothing here any more.
+        let waiting = self.identity.as_ref().is_some_and(|asked| asked.state.borrow().received == 0);
+        let live = serving && !waiting;
+        let state = match (serving, waiting) {
+            (false, _) => "DRAINING",
+            (true, true) => "INITIALIZING",
+            (true, false) => "LIVE",
+        };
+        let mut body = json!({
+            "state": state,
             "generation": loaded.generation,
             "accepted": loaded.accepted,
             "rejected": loaded.rejected,
             "security_not_enforced": security,
         });
+        if let Some(asked) = &self.identity {
+            body["identity"] = identity(asked);
+        }
         json(if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &body)
     }
 
@@ -299,9 +319,24 @@ impl Admin {
                 listener.name, listener.open
             );
         }
+        self.certificate_metrics(&mut out);
         self.mirrored(&mut out);
         self.canary_metrics(&mut out);
         out
+    }
+
+    /// How long the identity still lives (D3); below zero when it is over, nothing when there is none.
+    fn certificate_metrics(&self, out: &mut String) {
+        if let Some(identity) = &self.materials.load().identity {
+            let left = match identity.not_after().duration_since(SystemTime::now()) {
+                Ok(left) => left.as_secs_f64(),
+                Err(over) => -over.duration().as_secs_f64(),
+            };
+            let name = "mesh_cert_expiry_seconds";
+            let help = "How long the certificate of this workload is still valid.";
+            // Writing to a String cannot fail.
+            let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {left:.0}");
+        }
     }
 
     fn mirrored(&self, out: &mut String) {
@@ -369,6 +404,19 @@ impl Admin {
             }
         }
     }
+}
+
+/// How it stands with the identity that an authority signs.
+fn identity(asked: &Asked) -> Value {
+    let state = asked.state.borrow();
+    let until = state.held_until.map(|until| humantime::format_rfc3339_seconds(until).to_string());
+    json!({
+        "id": asked.id.as_str(),
+        "valid_until": until,
+        "received": state.received,
+        "failures": state.failures,
+        "last_error": state.last_error,
+    })
 }
 
 fn listeners(server: &Server) -> Value {

@@ -172,6 +172,30 @@ pub struct Common {
     #[arg(long, value_name = "DIR")]
     pub identity_dir: Option<PathBuf>,
 
+    /// The authority that signs the identity of this workload, with Istio's certificate service: mesh-ca, or istiod. Renewed
+    /// in time; until the first certificate comes, whatever needs an identity is refused [default: no authority]
+    #[arg(
+        long,
+        value_name = "https://HOST:PORT",
+        conflicts_with = "identity_dir",
+        requires = "bootstrap_token"
+    )]
+    pub ca: Option<String>,
+
+    /// The token that proves to --ca who this workload is: of `mesh-ca token`, or Kubernetes' projected one; read anew for
+    /// each certificate
+    #[arg(long, value_name = "FILE", requires = "ca")]
+    pub bootstrap_token: Option<PathBuf>,
+
+    /// Whom to believe that it is --ca: its root-cert.pem; read anew for each certificate [default: the authorities of the
+    /// system]
+    #[arg(long, value_name = "FILE", requires = "ca")]
+    pub ca_root: Option<PathBuf>,
+
+    /// The name of this cluster, which istiod asks for (ISTIO_META_CLUSTER_ID)
+    #[arg(long, value_name = "NAME", default_value = "Kubernetes")]
+    pub cluster_id: String,
+
     /// Kubernetes secrets that credentialName may name beside those among --config, as DIR/NAME/tls.crt, tls.key, ca.crt;
     /// watched for renewal
     #[arg(long, value_name = "DIR")]

@@ -78,6 +78,8 @@ pub struct Loaded {
     pub since: Option<SystemTime>,
     /// The settings of the mesh in force.
     pub access_log_file: String,
+    /// The trust domain of the mesh.
+    pub trust_domain: String,
 }
 
 impl Status {
@@ -265,6 +267,7 @@ impl Control {
             status.since = Some(SystemTime::now());
             status.access_log_file.clone_from(&set.mesh_config().access_log_file);
             let config = set.mesh_config();
+            config.trust_domain().clone_into(&mut status.trust_domain);
             let named = Some(&config.trust_domain).filter(|named| !named.is_empty());
             self.security.set_trust_domains(named.into_iter().chain(&config.trust_domain_aliases).cloned());
             self.missing = missing_subsets(&outcome.diagnostics);

@@ -234,9 +234,7 @@ impl Proxy {
         let runtime = tokio::runtime::Handle::current();
         let places =
             Places { namespace: context.workload.namespace.clone(), secret_dir: common.secret_dir.clone() };
-        let security =
-            Security::new(common.identity_dir.as_deref(), common.trust_domain.as_deref(), places, &runtime)
-                .map_err(Failure::Other)?;
+        let security = Security::new(common, places, &runtime).map_err(Failure::Other)?;
         context.transport = security.transport();
         let discoverer = Discoverer::new(SystemResolver, runtime);
         let control =
@@ -289,7 +287,11 @@ impl Proxy {
             return Err(Failure::Other(message));
         }
         self.say(&outcome);
-        Ok(())
+        let named = self.control.status().read().trust_domain;
+        let trust_domain = self.common.trust_domain.as_ref().unwrap_or(&named);
+        self.security
+            .ask(trust_domain, &self.common, &tokio::runtime::Handle::current())
+            .map_err(Failure::Usage)
     }
 
     fn say(&self, outcome: &mesh_core::config::Outcome) {
@@ -444,6 +446,8 @@ impl Proxy {
             access_log: self.sink.as_ref().map(AccessLogSink::dropped_lines),
             started: self.started,
             controls: self.controls.clone(),
+            identity: self.security.asked().cloned(),
+            materials: self.security.mesh().clone(),
             probers: Probers::from_env().map_err(Failure::Other)?,
         });
         let ports = [

@@ -1,23 +1,28 @@
 //! Who the proxy is, and how its connections are secured: from the command line to what handshakes need.
 //!
-//! The identity is read before anything is compiled, because what can be enforced depends on it: with one, destinations
-//! with an identity are called over mutual TLS and PeerAuthentication is enforced; without one, a demand for it is an
-//! error that is said, and nothing goes out or comes in as plaintext in its place.
+//! Where the identity comes from is known before anything is compiled, because what can be enforced depends on it: with one,
+//! destinations with an identity are called over mutual TLS and PeerAuthentication is enforced; without one, a demand for
+//! it is an error that is said, and nothing goes out or comes in as plaintext in its place. One that an authority has yet
+//! to sign counts as one: until it is there, what needs it is refused, and what does not is served.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use mesh_core::config::Transport;
+use mesh_core::identity::{SpiffeId, TrustDomain};
 use mesh_core::{Credential, ListenerSet, Slot, UpstreamTls};
 use mesh_route::{Cluster, Shard};
 use mesh_tls::istio::Secrets;
-use mesh_tls::source::IdentityFiles;
+use mesh_tls::istio_ca::{CaState, IstioCa, IstioCaSource};
+use mesh_tls::source::{CertSource as _, IdentityFiles};
 use mesh_tls::{Acceptor, Connector, Credentials, GatewayTls, Inbound, InboundTls, Materials};
 use rustls::crypto::CryptoProvider;
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
-use crate::credentials::{Known, Places};
+use crate::cli::Common;
+use crate::credentials::{Known, Places, system_roots};
 
 /// The identity of a proxy and the credentials of its clusters.
 #[derive(Clone, Debug)]
@@ -30,21 +35,31 @@ pub struct Security {
     provider: Arc<CryptoProvider>,
     gateway: Arc<OnceLock<GatewayTls>>,
     trust_domain: Option<String>,
+    authority: Option<Arc<IstioCa>>,
+    /// Who the authority is asked to say that we are.
+    asked: Arc<OnceLock<Asked>>,
+}
+
+/// An identity that an authority signs.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// Who we are.
+    pub id: SpiffeId,
+    /// How it stands.
+    pub state: watch::Receiver<CaState>,
 }
 
 impl Security {
-    /// Reads the identity that is in `dir`, and follows its files; without a directory there is none. `trust_domain` is
-    /// trusted beside that of the identity.
+    /// Reads the identity of `--identity-dir`, and follows its files; or gets ready to ask `--ca` for one; without either
+    /// there is none. The trust domain of the command line is trusted beside that of the identity.
     ///
     /// # Errors
-    /// When the files are missing, cannot be read, or do not go together; the words are for the user.
-    pub fn new(
-        dir: Option<&Path>,
-        trust_domain: Option<&str>,
-        places: Places,
-        runtime: &Handle,
-    ) -> Result<Self, String> {
+    /// When the files are missing, cannot be read, or do not go together, or the address is none; the words are for the
+    /// user.
+    pub fn new(common: &Common, places: Places, runtime: &Handle) -> Result<Self, String> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let authority = authority(common, &provider)?.map(Arc::new);
+        let dir: Option<&Path> = common.identity_dir.as_deref();
         let mesh = match dir {
             None => Materials::none(),
             Some(dir) => {
@@ -64,10 +79,18 @@ impl Security {
             Acceptor::mutual(mesh.clone(), Arc::clone(&provider)).map_err(|error| error.to_string())?;
         let connector = Connector::new(mesh.clone(), Arc::clone(&provider))
             .credentials(Arc::clone(&credentials) as Arc<dyn Credentials>);
-        let trust_domain = trust_domain.map(str::to_owned);
-        let gateway = Arc::default();
-        let security =
-            Self { mesh, acceptor, connector, credentials, servers, provider, gateway, trust_domain };
+        let security = Self {
+            mesh,
+            acceptor,
+            connector,
+            credentials,
+            servers,
+            provider,
+            gateway: Arc::default(),
+            trust_domain: common.trust_domain.clone(),
+            authority,
+            asked: Arc::default(),
+        };
         security.set_trust_domains([]);
         Ok(security)
     }
@@ -75,8 +98,34 @@ impl Security {
     /// What the stacks of this process can do.
     #[must_use]
     pub fn transport(&self) -> Transport {
-        let has_identity = self.mesh.load().identity.is_some();
+        let has_identity = self.authority.is_some() || self.mesh.load().identity.is_some();
         Transport { originates: true, terminates: has_identity, terminates_servers: true, has_identity }
+    }
+
+    /// Begins to ask the authority, where there is one, for the identity of a service account. Once.
+    ///
+    /// # Errors
+    /// When trust domain, namespace and service account are no identity; the words are for the user.
+    pub fn ask(&self, trust_domain: &str, common: &Common, runtime: &Handle) -> Result<(), String> {
+        let Some(authority) = &self.authority else { return Ok(()) };
+        let invalid = |what: &str, error: mesh_core::identity::InvalidSpiffeId| format!("{what}: {error}");
+        let domain: TrustDomain =
+            trust_domain.parse().map_err(|error| invalid("the trust domain of this workload", error))?;
+        let id = SpiffeId::workload(&domain, &common.namespace, &common.service_account)
+            .map_err(|error| invalid("--namespace and --service-account", error))?;
+        let source = IstioCaSource::new(IstioCa::clone(authority), id.clone(), Arc::clone(&self.provider));
+        if self.asked.set(Asked { id, state: source.state() }).is_ok() {
+            let named: Vec<_> = self.mesh.trust_domains().iter().cloned().collect();
+            self.set_trust_domains(named);
+            runtime.spawn(source.run(self.mesh.clone()));
+        }
+        Ok(())
+    }
+
+    /// The identity that an authority signs, where one is asked.
+    #[must_use]
+    pub fn asked(&self) -> Option<&Asked> {
+        self.asked.get()
     }
 
     /// The materials of the mesh.
@@ -121,7 +170,7 @@ impl Security {
     pub fn set_trust_domains(&self, named: impl IntoIterator<Item = String>) {
         let material = self.mesh.load();
         let own = material.identity.as_ref().and_then(|identity| identity.spiffe_id());
-        let own = own.map(|id| id.trust_domain().to_owned());
+        let own = own.or(self.asked.get().map(|asked| &asked.id)).map(|id| id.trust_domain().to_owned());
         let all: BTreeSet<_> = own.into_iter().chain(self.trust_domain.clone()).chain(named).collect();
         self.mesh.set_trust_domains(all.into_iter().collect());
     }
@@ -136,4 +185,17 @@ impl Security {
             }
         }
     }
+}
+
+/// The client of `--ca`.
+fn authority(common: &Common, provider: &Arc<CryptoProvider>) -> Result<Option<IstioCa>, String> {
+    let (Some(address), Some(token)) = (&common.ca, &common.bootstrap_token) else { return Ok(None) };
+    let failed = |error: mesh_tls::istio_ca::InvalidAddress| format!("--ca {address}: {error}");
+    let roots = common.ca_root.clone().unwrap_or_default();
+    let client = IstioCa::new(address, token.clone(), roots, Arc::clone(provider)).map_err(failed)?;
+    let client = client.cluster_id(&common.cluster_id).map_err(failed)?;
+    Ok(Some(match &common.ca_root {
+        Some(_) => client,
+        None => client.fixed_roots(Arc::new(system_roots()?)),
+    }))
 }
