@@ -4,6 +4,7 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -230,12 +231,21 @@ struct Scripted {
     mood: Arc<Mutex<Mood>>,
     asked: Arc<Mutex<Vec<SystemTime>>>,
     life: Duration,
+    /// By how many seconds the clock of the wall was set.
+    set: Arc<AtomicI64>,
 }
 
 impl Scripted {
     fn new(life: Duration) -> Self {
         let (base, start) = (SystemTime::now(), tokio::time::Instant::now());
-        let read: Arc<dyn Fn() -> SystemTime + Send + Sync> = Arc::new(move || base + start.elapsed());
+        let set = Arc::new(AtomicI64::new(0));
+        let by = Arc::clone(&set);
+        let read: Arc<dyn Fn() -> SystemTime + Send + Sync> = Arc::new(move || {
+            let by = by.load(Ordering::Relaxed);
+            let moved = Duration::from_secs(by.unsigned_abs());
+            let now = base + start.elapsed();
+            if by < 0 { now - moved } else { now + moved }
+        });
         let reading = Arc::clone(&read);
         Self {
             ca: authority(),
@@ -244,6 +254,7 @@ impl Scripted {
             mood: Arc::new(Mutex::new(Mood::Signs)),
             asked: Arc::default(),
             life,
+            set,
         }
     }
 
@@ -380,6 +391,44 @@ async fn d10_a_certificate_is_kept_until_its_real_end_and_not_longer() {
         }
         running.abort();
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn d3_a_clock_that_is_set_is_heeded() {
+    let signer = Scripted::new(2 * HOUR);
+    let materials = Materials::none();
+    let running = tokio::spawn(signer.source(5).run(materials.clone()));
+    tokio::time::sleep(SECOND).await;
+    let first = held(&materials).unwrap();
+    // An hour ahead, which is half of its life: it is renewed within half a minute, and not in an hour.
+    signer.set.store(3600, Ordering::Relaxed);
+    tokio::time::sleep(31 * SECOND).await;
+    let second = held(&materials).unwrap();
+    assert!(second > first);
+    // Back again: it stays, and nobody is asked without need.
+    signer.be(Mood::Signs);
+    signer.set.store(0, Ordering::Relaxed);
+    tokio::time::sleep(HOUR).await;
+    assert_eq!((held(&materials), signer.asked().len()), (Some(second), 0));
+    // Beyond its end: there is none until there is another.
+    signer.be(Mood::Away);
+    signer.set.store(4 * 3600, Ordering::Relaxed);
+    tokio::time::sleep(31 * SECOND).await;
+    assert_eq!(held(&materials), None);
+    signer.be(Mood::Signs);
+    tokio::time::sleep(16 * SECOND).await;
+    assert!(held(&materials).unwrap() > signer.now());
+    running.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn d10_an_authority_that_says_nothing_is_given_up() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (token, roots) = (File::new("silent", "secret"), File::new("silent-roots", authority().root_pem()));
+    let address = listener.local_addr().unwrap().to_string();
+    let client = IstioCa::new(&address, token.0.clone(), roots.0.clone(), provider()).unwrap();
+    let error = ask(&client, &Material::default()).await.unwrap_err();
+    assert!(matches!(error, CaClientError::TooLate { .. }), "{error}");
 }
 
 #[tokio::test(start_paused = true)]

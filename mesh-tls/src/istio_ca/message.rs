@@ -205,6 +205,30 @@ mod tests {
     }
 
     #[test]
+    fn no_bytes_are_too_strange() {
+        use rand::{RngExt as _, SeedableRng as _};
+        let mut chance = rand::rngs::StdRng::seed_from_u64(1);
+        let good = CertificateRequest::new("CSR".repeat(30), 86_400).encode();
+        let mut read = 0;
+        for _ in 0..100_000 {
+            let mut bytes = good.clone();
+            for _ in 0..chance.random_range(0..4) {
+                let at = chance.random_range(0..bytes.len());
+                bytes[at] = chance.random();
+            }
+            bytes.truncate(chance.random_range(0..=bytes.len()));
+            if let Ok(message) = CertificateRequest::decode(&bytes) {
+                assert_eq!(CertificateRequest::decode(&message.encode()), Ok(message));
+                read += 1;
+            }
+            if let Ok(message) = CertificateResponse::decode(&bytes) {
+                assert_eq!(CertificateResponse::decode(&message.encode()), Ok(message));
+            }
+        }
+        assert!(read > 100, "{read}");
+    }
+
+    #[test]
     fn what_is_no_message_is_refused() {
         for bytes in [
             &b"\x0a"[..],                                       // no length
