@@ -378,3 +378,27 @@ async fn bug_connections_for_one_request_each_were_made_one_after_the_other() {
         nothing_is_left(&cluster, || up.open()).await;
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn bug_who_made_a_connection_did_not_see_what_became_free_meanwhile() {
+    for protocol in BOTH {
+        let second = Duration::from_secs(1);
+        let (network, up) = (Network::default(), Script::new("up", move |_| Reply::After(second, 200)));
+        let addr = network.host(Host::script(&up, protocol));
+        let cluster = cluster_of(&[addr], |spec| {
+            spec.protocol = protocol;
+            spec.pool.max_concurrent_streams = 1;
+        });
+        let client = network.client(&cluster, |route| route);
+        let started = Instant::now();
+        let first = tokio::spawn({
+            let client = client.clone();
+            async move { outcome(&client, get()).await }
+        });
+        until("the first to be sent", async || up.requests() == 1).await;
+        network.replace(addr, Host::Silent);
+        assert_eq!(outcome(&client, get()).await, "200 - up", "{protocol:?}");
+        assert_eq!(first.await.unwrap(), "200 - up", "{protocol:?}");
+        assert_eq!((started.elapsed(), network.dialled(addr)), (second * 2, 2), "{protocol:?}");
+    }
+}
