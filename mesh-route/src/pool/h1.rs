@@ -11,7 +11,9 @@
 mod handle;
 
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Instant;
 
 use http::{Request, Response};
@@ -99,10 +101,11 @@ impl Pool {
         None
     }
 
-    /// A connection whose last exchange has not ended on our side: its response came before its request had gone.
-    fn checkout_busy(&mut self) -> Option<Conn> {
-        let at = self.idle.iter().position(|idle| !idle.conn.handle.is_closed())?;
-        Some(self.idle.remove(at).conn)
+    /// Those whose last exchange has not ended on our side: their responses came before their requests had gone. Who is
+    /// served by the first that ends gives back the others.
+    fn checkout_busy(&mut self, busy: &mut Vec<Conn>) {
+        let open = self.idle.extract_if(.., |idle| !idle.conn.handle.is_closed());
+        busy.extend(open.map(|idle| idle.conn));
     }
 
     fn give_back(&mut self, mut conn: Conn, now: Instant) {
@@ -152,7 +155,7 @@ impl Lease {
         // Held for as long as the request waits: the pool stays.
         let change = Arc::clone(&shard.lock().h1.entry(endpoint.id()).or_default().changed);
         let mut waiting = Waiting::new(shard, endpoint.id());
-        let mut busy = Busy { conn: None, endpoint: endpoint.id(), shard };
+        let mut busy = Busy { conns: Vec::new(), endpoint: endpoint.id(), shard };
         let mut dial: Option<Dial<'_, Self>> = None;
         // The connection of another that is waited for: who waited for one that failed fails with it.
         let mut waited = u64::MAX;
@@ -164,9 +167,7 @@ impl Lease {
             // From here on nothing that changes is missed, nor a slot that becomes free.
             changed.as_mut().enable();
             freed.as_mut().enable();
-            if busy.conn.is_none() {
-                waiting.queue();
-            }
+            waiting.queue();
             if dial.is_none() && is_news {
                 let mut expired = Vec::new();
                 let first = {
@@ -175,7 +176,7 @@ impl Lease {
                     if let Some(conn) = pool.checkout(mesh_core::clock::now(), &mut expired) {
                         return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
                     }
-                    if busy.conn.is_none()
+                    if busy.conns.is_empty()
                         && let Some((attempt, error)) = &pool.failed
                         && *attempt >= waited
                     {
@@ -190,8 +191,8 @@ impl Lease {
                     if let Some(slot) = Slot::acquire(runtime, endpoint, settings, first) {
                         let making = Self::make(Arc::clone(shard), settings, endpoint, slot);
                         dial = Some(Dial::new(cluster, runtime, endpoint, making, Self::give_back));
-                    } else if busy.conn.is_none() {
-                        busy.conn = shard.lock().h1.entry(endpoint.id()).or_default().checkout_busy();
+                    } else {
+                        shard.lock().h1.entry(endpoint.id()).or_default().checkout_busy(&mut busy.conns);
                     }
                 }
             }
@@ -200,16 +201,14 @@ impl Lease {
             tokio::select! {
                 // The same events in the same order: what happens can be replayed.
                 biased;
-                () = busy.ready() => {
-                    if let Some(conn) = busy.conn.take() {
+                ready = busy.ready() => {
+                    if let Some(conn) = ready {
                         return Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) });
                     }
                 }
                 Some(conn) = waiting.given() => {
                     is_news = false;
-                    // One more, if there is one already, goes to the next; this request is out of the queue.
-                    let other = busy.conn.replace(conn);
-                    drop(Busy { conn: other, endpoint: endpoint.id(), shard });
+                    busy.conns.push(conn);
                 }
                 made = made(&mut dial) => return made,
                 () = changed, if !is_dialling => {}
@@ -284,31 +283,43 @@ impl Lease {
     }
 }
 
-/// A connection that will be free when its last request has gone. Nobody says when, so whoever wants it next waits for
-/// it; it goes back to the pool if that one is served otherwise.
+/// Connections that will be free when their last requests have gone. Nobody says when, and it may take as long as an
+/// upload does, so whoever wants one waits for all that there are, and in the queue for others. They go back to the pool
+/// with the one that waits.
 struct Busy<'s> {
-    conn: Option<Conn>,
+    conns: Vec<Conn>,
     endpoint: u64,
     shard: &'s Arc<Shard>,
 }
 
 impl Busy<'_> {
-    /// Completes when the connection can be used, or has ended; never without one.
-    async fn ready(&mut self) {
-        match &mut self.conn {
-            None => std::future::pending().await,
-            Some(conn) => {
-                if !conn.handle.ready().await || !conn.meta.is_fresh(mesh_core::clock::now) {
-                    self.conn = None;
+    /// The first that can be used, or `None` when the last of them has ended; waits for ever without one.
+    async fn ready(&mut self) -> Option<Conn> {
+        if self.conns.is_empty() {
+            return std::future::pending().await;
+        }
+        poll_fn(|cx| {
+            let mut at = 0;
+            while let Some(conn) = self.conns.get_mut(at) {
+                match conn.handle.poll_ready(cx) {
+                    Poll::Pending => at += 1,
+                    Poll::Ready(is_open) => {
+                        let conn = self.conns.swap_remove(at);
+                        if is_open && conn.meta.is_fresh(mesh_core::clock::now) {
+                            return Poll::Ready(Some(conn));
+                        }
+                    }
                 }
             }
-        }
+            if self.conns.is_empty() { Poll::Ready(None) } else { Poll::Pending }
+        })
+        .await
     }
 }
 
 impl Drop for Busy<'_> {
     fn drop(&mut self) {
-        if let Some(conn) = self.conn.take() {
+        for conn in self.conns.drain(..) {
             Lease { conn, endpoint: self.endpoint, shard: Arc::clone(self.shard) }.give_back();
         }
     }

@@ -1,9 +1,20 @@
 //! Endpoints that cannot be connected to (A5).
 
+use std::convert::Infallible;
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::{Method, Request, Response};
+use http_body_util::channel::Channel;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use mesh_core::Body;
 use mesh_route::{Http2Keepalive, OutlierDetection, PoolSettings, RetryOn, RetryPolicy, UpstreamProtocol};
 use mesh_testkit::scripted::{Reply, Script};
 use mesh_testkit::until;
@@ -401,4 +412,57 @@ async fn bug_who_made_a_connection_did_not_see_what_became_free_meanwhile() {
         assert_eq!(first.await.unwrap(), "200 - up", "{protocol:?}");
         assert_eq!((started.elapsed(), network.dialled(addr)), (second * 2, 2), "{protocol:?}");
     }
+}
+
+/// Answers at once, whether the request is whole or not; `GET` after a second.
+fn early(open: &Arc<AtomicUsize>) -> Host {
+    let open = Arc::clone(open);
+    Host::Serves(Arc::new(move |stream| {
+        let service = service_fn(|request: Request<Incoming>| async move {
+            if request.method() == Method::GET {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            tokio::spawn(request.into_body().collect());
+            Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(b"ok"))))
+        });
+        let open = Arc::clone(&open);
+        open.fetch_add(1, Ordering::SeqCst);
+        tokio::spawn(async move {
+            // How it ends is the client's business.
+            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            open.fetch_sub(1, Ordering::SeqCst);
+        });
+    }))
+}
+
+#[tokio::test(start_paused = true)]
+async fn bug_who_waited_for_the_end_of_an_upload_did_not_see_connections_that_became_free() {
+    let (network, open) = (Network::default(), Arc::default());
+    let addr = network.host(early(&open));
+    let cluster = cluster_of(&[addr], |spec| spec.pool.max_connections = 2);
+    let client = network.client(&cluster, |route| route);
+    let ask = || {
+        let client = client.clone();
+        tokio::spawn(async move { outcome(&client, get()).await })
+    };
+    let started = Instant::now();
+    let (mut feed, body) = Channel::<Bytes, mesh_core::Error>::new(1);
+    let upload = Request::post("http://up/").body(Body::new(body)).unwrap();
+    assert_eq!(outcome(&client, upload).await, "200 - ok", "before the request is whole");
+    let held = ask();
+    until("the other connection to be taken", async || network.dialled(addr) == 2).await;
+    let [first, second] = [ask(), ask()];
+    assert_eq!(held.await.unwrap(), "200 - ok");
+    assert_eq!(first.await.unwrap(), "200 - ok");
+    assert_eq!(second.await.unwrap(), "200 - ok");
+    assert_eq!(started.elapsed(), Duration::from_secs(3), "one after the other, on the one that is free");
+    // The upload goes on, and its connection is there when it has ended.
+    feed.send_data(Bytes::from_static(b"x")).await.unwrap();
+    drop(feed);
+    let both = [ask(), ask()];
+    for asked in both {
+        assert_eq!(asked.await.unwrap(), "200 - ok");
+    }
+    assert_eq!((started.elapsed(), network.dialled(addr)), (Duration::from_secs(4), 2));
+    nothing_is_left(&cluster, || open.load(Ordering::SeqCst)).await;
 }

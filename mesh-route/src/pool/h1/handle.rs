@@ -4,8 +4,8 @@
 //! leaves it between the two, and gives it back only when the handle is dropped; but whoever waits for the answer holds
 //! the handle, for the next request. So it is lent while a request is under way, and the end of the connection drops it.
 
-use std::future::poll_fn;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -92,10 +92,10 @@ impl Handle {
         self.sender.as_ref().is_some_and(SendRequest::is_ready)
     }
 
-    /// Waits until it takes a request; false when it takes no more.
-    pub(super) async fn ready(&mut self) -> bool {
-        let Some(sender) = &mut self.sender else { return false };
-        poll_fn(|cx| sender.poll_ready(cx)).await.is_ok()
+    /// Ready when it takes a request; false when it takes no more.
+    pub(super) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        let Some(sender) = &mut self.sender else { return Poll::Ready(false) };
+        sender.poll_ready(cx).map(|ready| ready.is_ok())
     }
 
     /// Hands the request over, now; the future is that of its response. Called once until it is taken back; again, there
