@@ -1,6 +1,7 @@
 //! The models as the admin endpoints show them.
 
 mod balancing;
+pub(crate) mod policies;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,8 +10,7 @@ use serde_json::{Value, json};
 
 use crate::canary::{Canaries, CanarySpec, CanaryStatus, Measured, Totals};
 use crate::cluster::{Cluster, Discovery};
-use crate::fault::FaultScope;
-use crate::mirror::{Mirror, MirrorAuthority, MirrorOutcome};
+use crate::mirror::MirrorOutcome;
 use crate::rewrite::PathRewrite;
 use crate::route::{ActionKind, Route};
 use crate::runtime::ClusterRuntime;
@@ -132,7 +132,6 @@ fn cluster(cluster: &Cluster) -> Value {
         Discovery::OriginalDst | Discovery::OriginalDstPort(_) => "original_dst",
         Discovery::BlackHole => "black_hole",
     };
-    let limit = |limit: u32| (limit != u32::MAX).then_some(limit);
     json!({
         "name": spec.name.as_str(),
         "discovery": discovery,
@@ -142,14 +141,7 @@ fn cluster(cluster: &Cluster) -> Value {
         "protocol": format!("{:?}", spec.protocol),
         "tls": format!("{:?}", spec.tls),
         "endpoints": endpoints,
-        "limits": {
-            "connections": limit(spec.pool.max_connections),
-            "pending_requests": limit(spec.pool.max_pending_requests),
-            "requests": limit(spec.pool.max_requests),
-            "retries": limit(spec.pool.max_retries),
-            "requests_per_connection": spec.pool.max_requests_per_connection,
-            "connect_timeout_ms": spec.pool.connect_timeout.as_millis() as u64,
-        },
+        "limits": policies::limits(&spec.pool),
         "now": cluster.runtime().map(|runtime| json!({
             "connections": runtime.connections(),
             "pending_requests": runtime.pending(),
@@ -169,22 +161,6 @@ fn mirrored(runtime: &ClusterRuntime) -> Value {
     let counted = MirrorOutcome::ALL
         .map(|outcome| (outcome.as_str().to_owned(), runtime.mirrors().get(outcome).into()));
     Value::Object(counted.into_iter().collect())
-}
-
-/// A mirror of a route.
-fn mirror(mirror: &Mirror) -> Value {
-    json!({
-        "cluster": mirror.name.as_str(),
-        "known": mirror.cluster.is_some(),
-        "percentage": mirror.percentage.to_string(),
-        "sample_by": mirror.sample_by.as_ref().map(ToString::to_string),
-        "compared": mirror.diff.as_ref().map(|policy| policy.percentage.to_string()),
-        "authority": match &mirror.authority {
-            MirrorAuthority::Keep => Value::Null,
-            MirrorAuthority::Shadow => "-shadow".into(),
-            MirrorAuthority::Replace(value) => String::from_utf8_lossy(value.as_bytes()).into(),
-        },
-    })
 }
 
 /// Who is ejected, and the last decisions with their evidence.
@@ -216,11 +192,7 @@ fn route(route: &Route) -> Value {
                 "destinations": destinations,
                 "canary": forward.canary.as_ref().map(|canary| canary.spec().name.to_string()),
                 "sticky": forward.sticky.as_ref().map(ToString::to_string),
-                "retry": (forward.retry.attempts > 0).then(|| json!({
-                    "attempts": forward.retry.attempts,
-                    "on": forward.retry.on.to_string(),
-                    "per_try_timeout_ms": forward.retry.per_try_timeout.map(|timeout| timeout.as_millis() as u64),
-                })),
+                "retry": policies::retry(&forward.retry),
                 "timeout_ms": forward.timeout.map(|timeout| timeout.as_millis() as u64),
                 "rewrites_path": !matches!(forward.rewrite.path, PathRewrite::Keep),
                 "authority": forward.rewrite.authority.as_ref().map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()),
@@ -233,16 +205,10 @@ fn route(route: &Route) -> Value {
     if let ActionKind::Forward(forward) = &route.action().kind
         && !forward.mirrors.is_empty()
     {
-        shown["mirrors"] = forward.mirrors.iter().map(mirror).collect();
+        shown["mirrors"] = forward.mirrors.iter().map(policies::mirror).collect();
     }
     if let Some(fault) = &route.action().fault {
-        shown["fault"] = json!({
-            "delay_ms": fault.delay.map(|delay| delay.duration.as_millis() as u64),
-            "delay_percentage": fault.delay.map(|delay| delay.percentage.to_string()),
-            "abort": fault.abort.map(|abort| abort.kind.to_string()),
-            "abort_percentage": fault.abort.map(|abort| abort.percentage.to_string()),
-            "per_try": fault.scope == FaultScope::PerTry,
-        });
+        shown["fault"] = policies::fault(fault);
     }
     if route.action().cors.is_some() {
         shown["cors"] = true.into();

@@ -232,10 +232,13 @@ impl fmt::Display for Explanation {
 
 #[cfg(feature = "istio")]
 impl Explanation {
-    /// The explanation as `/explain` shows it.
+    /// The explanation as `/explain` shows it, with the policies that hold for the rule that takes the request and for each
+    /// of its destinations.
     #[must_use]
     pub fn to_json(&self) -> serde_json::Value {
         use serde_json::json;
+
+        use crate::dump::policies;
         let unmet = |unmet: &Unmet| json!({"predicate": unmet.predicate, "saw": unmet.seen});
         let decision = match &self.decision {
             Decision::NotFound => json!({"status": 404, "flags": "NR", "details": "route_not_found"}),
@@ -253,6 +256,7 @@ impl Explanation {
                             "chosen": index == *chosen,
                             "known": cluster.is_some(),
                             "endpoints": endpoints,
+                            "policies": cluster.as_ref().map(|cluster| policies::of_cluster(cluster.spec())),
                         })
                     })
                     .collect();
@@ -291,6 +295,7 @@ impl Explanation {
             "route": self.route.as_ref().map(|route| json!({
                 "name": route.name(),
                 "match": route.matcher().to_string(),
+                "policies": policies::of_route(route),
             })),
             "decision": decision,
         })

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde_json::json;
+
 use crate::support::*;
 
 fn reviews_in(namespace: &str) -> String {
@@ -234,4 +236,81 @@ fn x_07_the_oldest_wins_and_without_age_the_first() {
         let timeout = it.spec(&reviews_in("default")).pool.connect_timeout;
         assert_eq!(timeout, Duration::from_secs(winner), "{rules}");
     }
+}
+
+#[test]
+fn explain_shows_the_policies_of_the_rule_and_of_its_destinations() {
+    let rules = rules(
+        "  - match: [{uri: {prefix: /slow}}]
+    timeout: 2s
+    retries: {attempts: 3, perTryTimeout: 500ms, retryOn: 5xx}
+    fault: {delay: {fixedDelay: 1s, percentage: {value: 50}}, abort: {httpStatus: 418, percentage: {value: 1}}}
+    mirror: {host: shadow}
+    mirrorPercentage: {value: 10}
+    route: [{destination: {host: reviews, subset: v1}, weight: 90}, {destination: {host: reviews, subset: v2}, weight: 10}]
+  - retries: {attempts: 0}
+    route: [{destination: {host: shadow}}]
+",
+    );
+    let policy = "{host: reviews, trafficPolicy: {connectionPool: {tcp: {maxConnections: 7}, http: {http1MaxPendingRequests: 3}}, outlierDetection: {consecutive5xxErrors: 4, interval: 3s, baseEjectionTime: 9s, maxEjectionPercent: 60}, tls: {mode: SIMPLE, sni: reviews.example}}, subsets: [{name: v1, labels: {version: v1}}, {name: v2, labels: {version: v2}, trafficPolicy: {tls: {mode: DISABLE}}}]}";
+    let it = compile(
+        &(service_in("default", "reviews", &[1, 2])
+            + &service_in("default", "shadow", &[3])
+            + &resource("DestinationRule", "reviews", policy)
+            + &rules),
+    );
+    let shown = it.ask("http://reviews/slow").to_json();
+    assert_eq!(
+        shown["route"]["policies"],
+        json!({
+            "timeout_ms": 2000,
+            "idle_timeout_ms": null,
+            "retry": {"attempts": 3, "on": "5xx", "per_try_timeout_ms": 500},
+            "client_overrides": false,
+            "fault": {"delay_ms": 1000, "delay_percentage": "50 %", "abort": "418", "abort_percentage": "1 %", "per_try": false},
+            "mirrors": [{
+                "cluster": "outbound|80||shadow.default.svc.cluster.local",
+                "known": true,
+                "percentage": "10 %",
+                "sample_by": null,
+                "compared": null,
+                "authority": null,
+            }],
+        })
+    );
+    let of = |nth: usize| shown["decision"]["forward"][nth]["policies"].clone();
+    assert_eq!(
+        of(0),
+        json!({
+            "outlier_detection": {
+                "consecutive_5xx": 4,
+                "consecutive_gateway": null,
+                "consecutive_local_origin": null,
+                "interval_ms": 3000,
+                "base_ejection_time_ms": 9000,
+                "max_ejection_percent": 60,
+                "min_health_percent": 0,
+            },
+            "circuit_breaker": {
+                "connections": 7,
+                "pending_requests": 3,
+                "requests": null,
+                "retries": null,
+                "requests_per_connection": null,
+                "connect_timeout_ms": 10000,
+            },
+            "retry_budget": null,
+            "tls": {
+                "mode": "SIMPLE",
+                "sni": "reviews.example",
+                "subject_alt_names": [],
+                "insecure_skip_verify": false,
+            },
+        })
+    );
+    assert_eq!(of(1)["tls"], json!({"mode": "DISABLE"}), "a subset has its own");
+    let shown = it.ask("http://reviews/").to_json();
+    let none = json!({"timeout_ms": null, "idle_timeout_ms": null, "retry": null, "client_overrides": false, "fault": null, "mirrors": []});
+    assert_eq!(shown["route"]["policies"], none, "what is off is said to be off");
+    assert_eq!(shown["decision"]["forward"][0]["policies"]["outlier_detection"], json!(null));
 }
