@@ -148,5 +148,8 @@ spec: {hosts: [shop.example], gateways: [edge], http: [{route: [{destination: {h
         serde_json::from_str::<Value>(&printed).unwrap()["total"].clone()
     };
     assert_eq!(total(GATEWAY)["succeeded"], 20);
-    assert_eq!(total(SIDECAR)["failed"], serde_json::json!({"UH": 20}), "which does not know the host");
+    let (code, printed, said) = out(&run(SIDECAR, &json));
+    assert_eq!((code, printed.as_str()), (Some(1), ""), "a sidecar does not know the host");
+    let line = "s.yaml:6:27: Scenario default/s: spec.load[0].host: nothing in the configuration answers to \"shop.example\"";
+    assert!(said.contains(line), "{said}");
 }

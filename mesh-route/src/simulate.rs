@@ -79,14 +79,14 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use mesh_core::config::{Compile as _, CompileContext, Compiler};
 use mesh_core::diagnostics::{Diagnostic, Diagnostics, DocId, Documents, Severity};
 use mesh_core::istio::types::mesh_config::MeshConfig;
-use mesh_core::istio::types::scenario::Scenario;
+use mesh_core::istio::types::scenario::{Load, Scenario};
 use mesh_core::istio::{LoadOptions, Resource, ResourceSet, SourceFile};
 use mesh_core::{
-    Body, Direction, EdgeSettings, ListenerSet, LocalReplyLayer, NormalizeLayer, Slot, Snapshots,
+    Body, ConnInfo, Direction, EdgeSettings, ListenerSet, LocalReplyLayer, NormalizeLayer, Slot, Snapshots,
 };
 use tower_layer::Layer as _;
 use tower_service::Service;
@@ -97,6 +97,7 @@ use self::load::Generator;
 use self::sampler::Sampler;
 use crate::canary::Canaries;
 use crate::discover::Discoverer;
+use crate::request_view::RequestView;
 use crate::runtime::Clusters;
 use crate::shard::Shard;
 use crate::table::RouteTable;
@@ -310,9 +311,7 @@ impl Control {
 
     /// The port that requests arrive at, unless their load says another.
     fn port(&self) -> u16 {
-        let snapshot = self.snapshots().load();
-        let first = snapshot.get(&self.routes).and_then(|table| table.ports().first().copied());
-        first.filter(|_| self.direction == Direction::Gateway).unwrap_or(0)
+        self.snapshots().load().get(&self.routes).map_or(0, |table| port(table, self.direction))
     }
 
     fn apply(&mut self, generation: &Generation, sampler: &Sampler) {
@@ -325,6 +324,30 @@ impl Control {
             sampler.reloaded(outcome.generation, &generation.files);
         }
     }
+}
+
+/// The port of the first listener, where there are several.
+fn port(table: &RouteTable, direction: Direction) -> u16 {
+    let first = table.ports().first().copied();
+    first.filter(|_| direction == Direction::Gateway).unwrap_or(0)
+}
+
+/// Whether there is a virtual host for the requests of a load.
+fn answers(table: &RouteTable, load: &Load, direction: Direction) -> bool {
+    let mut conn = ConnInfo::unknown(direction);
+    let said = load.port.and_then(|port| u16::try_from(port).ok());
+    conn.port = said.unwrap_or_else(|| port(table, direction));
+    let headers = HeaderMap::new();
+    let request = RequestView {
+        method: "GET",
+        scheme: "http",
+        authority: &load.host,
+        path: "/",
+        query: "",
+        target: "/",
+        headers: &headers,
+    };
+    table.lookup(&request, &conn).virtual_host.is_some()
 }
 
 /// A seed of its own for whatever has this name.
@@ -400,14 +423,20 @@ impl Found {
         let mut places = Places::new();
         let mut unknown = BTreeSet::new();
         let mut generations = Vec::new();
+        let mut unanswered: Vec<_> = scenario.spec.load.iter().enumerate().collect();
         for (at, files, sources) in files {
             let (set, table) = self.generation(&sources, &input)?;
+            unanswered.retain(|(_, load)| !answers(&table, load, input.context.role.direction()));
             for cluster in table.clusters() {
                 unknown.extend(endpoint::places(cluster, &names, &mut places));
             }
             generations.push(Generation { at, files, set });
         }
         let mut about = Diagnostics::about(Arc::clone(set.documents()));
+        for (index, load) in unanswered {
+            let message = format!("nothing in the configuration answers to {:?}", load.host);
+            about.error_at(scenario.doc, format!("spec.load[{index}].host"), message);
+        }
         warn(&scenario, scenario.doc, &places, unknown, &mut about);
         self.add(about.iter().cloned());
         let documents = Arc::clone(set.documents());

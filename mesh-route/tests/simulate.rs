@@ -548,6 +548,9 @@ fn a_bad_scenario_says_where() {
     ) + &service(1).replace("STATIC", "DNS").replace("10.0.0.1,", "pods.example,");
     let bad_config =
         scenario("  duration: 5s\n  load: [{rate: 1, host: reviews}]") + &rule("retries: {attempts: -1}");
+    let nobody =
+        scenario("  duration: 5s\n  load: [{rate: 1, host: reviews}, {rate: 1, host: 'reveiws:80'}]")
+            + &service(1);
     let many =
         scenario("  duration: 100s\n  interval: 1ms\n  load: [{rate: 2e4, host: a}, {rate: 1, host: b}]");
     let mut said = String::new();
@@ -560,6 +563,7 @@ fn a_bad_scenario_says_where() {
         ("two scenarios", &twice),
         ("no scenario", &none),
         ("configuration", &bad_config),
+        ("nobody answers", &nobody),
         ("without effect", &effects),
     ] {
         let (simulation, found) = load(text, &[]);
@@ -567,4 +571,15 @@ fn a_bad_scenario_says_where() {
         said.push_str(&format!("{what}\n{found}\n"));
     }
     insta::assert_snapshot!("errors", said);
+}
+
+#[test]
+fn a_host_that_comes_with_a_reload_is_known() {
+    let text = scenario(
+        "  duration: 2s\n  load: [{rate: 10, host: reviews}]\n  config: [a.yaml]\n  reload: [{at: 1s, config: [b.yaml]}]",
+    );
+    let (simulation, found) = load(&text, &[("a.yaml", ""), ("b.yaml", &service(1))]);
+    assert_eq!(found, "");
+    let report = simulation.unwrap().run().unwrap();
+    assert_eq!((report.total.requests, failed(&report.total)), (20, vec![("UH", 10)]));
 }
