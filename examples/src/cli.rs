@@ -9,6 +9,8 @@ use clap::{Args, Parser};
 use mesh_core::Compat;
 use mesh_core::config::{CompileContext, Role, Workload};
 use mesh_core::vendor::Prefix;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 /// Where the outbound listener binds when it is not told.
 pub const OUTBOUND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15001);
@@ -148,7 +150,7 @@ pub struct Common {
     pub access_log: Option<PathBuf>,
 
     /// What is logged to stderr: error, warn, info, debug, trace, or tracing's filter syntax
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = parse_log)]
     pub log: String,
 
     /// The namespace of this workload, and of documents that name none
@@ -326,6 +328,24 @@ fn parse_port_mapping(text: &str) -> Result<(u16, u16), String> {
     }
 }
 
+/// What tracing's own reader takes for a target that logs everything, or for no level, is mostly a level misspelt: then
+/// nothing at all would be logged, and nobody told.
+pub(crate) fn parse_log(text: &str) -> Result<String, String> {
+    for directive in text.split(',').map(str::trim) {
+        // What names spans or fields has a grammar of its own.
+        if text.contains(['[', ']', '{', '}']) {
+            break;
+        }
+        let level = directive.split_once('=').map_or(directive, |(_, level)| level);
+        if level.is_empty() || level.parse::<LevelFilter>().is_err() {
+            return Err(format!(
+                "`{level}` is no level: expected error, warn, info, debug, trace or off, or TARGET=LEVEL"
+            ));
+        }
+    }
+    EnvFilter::try_new(text).map(|_| text.to_owned()).map_err(|error| error.to_string())
+}
+
 fn parse_format(text: &str) -> Result<SimulateFormat, String> {
     match text {
         "text" => Ok(SimulateFormat::Text),
@@ -368,6 +388,20 @@ mod tests {
         let (set, found) =
             mesh_core::istio::ResourceSet::load(&[file], &mesh_core::istio::LoadOptions::default());
         assert!(found.is_empty() && set.scenarios().len() == 1, "{found}");
+    }
+
+    #[test]
+    fn what_is_logged_is_a_level_or_tracings_filter_syntax() {
+        for filter in
+            ["warn", "INFO", "off", "info,mesh_route=debug", "warn,hyper=off", "[request{status=500}]=trace"]
+        {
+            assert_eq!(parse_log(filter).unwrap(), filter);
+        }
+        for filter in
+            ["", "nonsense=", "nonsense", "warning", "info,", "info,hyper", "hyper=loud", "[request"]
+        {
+            assert!(parse_log(filter).is_err(), "{filter:?}");
+        }
     }
 
     #[test]

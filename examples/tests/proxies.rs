@@ -114,6 +114,14 @@ async fn pt_01_each_port_serves_its_own_endpoints() {
 async fn usage_is_2_and_a_bad_configuration_is_1_with_its_position() {
     let output = Command::new(SIDECAR).args(["--no-such-flag"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
+    for filter in ["nonsense=", "warning", "info,mesh_route=loud", ""] {
+        for binary in [SIDECAR, GATEWAY, env!("CARGO_BIN_EXE_mesh-ca")] {
+            let output = Command::new(binary).args(["--log", filter]).output().unwrap();
+            assert_eq!(output.status.code(), Some(2), "--log {filter:?}");
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(said.contains("--log") && said.contains("is no level"), "{said}");
+        }
+    }
     let dir = ConfigDir::new();
     dir.write(
         "bad.yaml",

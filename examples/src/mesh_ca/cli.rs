@@ -7,6 +7,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use mesh_core::identity::TrustDomain;
 
+use crate::cli::parse_log;
+
 /// A certificate authority for the mesh: signs short-lived certificates of workloads that prove who they are, by a
 /// bootstrap token or by the certificate that they have.
 ///
@@ -51,7 +53,7 @@ pub struct MeshCa {
     pub bootstrap_tokens: Option<PathBuf>,
 
     /// What is logged to stderr: error, warn, info, debug, trace, or tracing's filter syntax
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = parse_log)]
     pub log: String,
 }
 
