@@ -17,6 +17,7 @@ pub(crate) const DATA: u8 = 0;
 pub(crate) const HEADERS: u8 = 1;
 pub(crate) const RST_STREAM: u8 = 3;
 pub(crate) const SETTINGS: u8 = 4;
+pub(crate) const PING: u8 = 6;
 pub(crate) const GOAWAY: u8 = 7;
 
 pub(crate) const ACK: u8 = 1;
@@ -81,32 +82,54 @@ impl Http2 {
             .unwrap_or_else(|_| panic!("nothing became of stream {id}"))
     }
 
+    /// Waits until the peer says that it takes no more streams; the error code, and the last stream that it takes.
+    ///
+    /// # Panics
+    /// When it does not within [`PATIENCE`], or closes without a word.
+    pub async fn go_away(&mut self) -> (u32, u32) {
+        let said = async {
+            loop {
+                match self.read_frame().await {
+                    Some((GOAWAY, _, payload)) => {
+                        return (number(&payload, 4), number(&payload, 0) & 0x7fff_ffff);
+                    }
+                    Some(_) => {}
+                    None => panic!("closed without a word"),
+                }
+            }
+        };
+        timeout(PATIENCE, said).await.unwrap_or_else(|_| panic!("the connection was not given up"))
+    }
+
     async fn read_fate(&mut self, id: u32) -> Fate {
         loop {
-            let mut head = [0_u8; 9];
-            if self.stream.read_exact(&mut head).await.is_err() {
-                return Fate::Closed;
-            }
-            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
-            let (kind, flags) = (head[3], head[4]);
-            let of = u32::from_be_bytes([head[5] & 0x7f, head[6], head[7], head[8]]);
-            let mut payload = vec![0_u8; length];
-            if self.stream.read_exact(&mut payload).await.is_err() {
-                return Fate::Closed;
-            }
-            let code = |at: usize| {
-                payload
-                    .get(at..at + 4)
-                    .map_or(0, |code| u32::from_be_bytes(code.try_into().expect("four bytes")))
-            };
-            match kind {
-                HEADERS if of == id => return Fate::Status(status(&payload)),
-                RST_STREAM if of == id => return Fate::Reset(code(0)),
-                GOAWAY if code(4) != 0 => return Fate::GoAway(code(4)),
-                SETTINGS if flags & ACK == 0 => self.frame(SETTINGS, ACK, 0, &[]).await,
-                _ => {}
+            match self.read_frame().await {
+                None => return Fate::Closed,
+                Some((HEADERS, of, payload)) if of == id => return Fate::Status(status(&payload)),
+                Some((RST_STREAM, of, payload)) if of == id => return Fate::Reset(number(&payload, 0)),
+                Some((GOAWAY, _, payload)) if number(&payload, 4) != 0 => {
+                    return Fate::GoAway(number(&payload, 4));
+                }
+                Some(_) => {}
             }
         }
+    }
+
+    /// The kind, stream and payload of the next frame; `None` when the connection is closed. What asks for a reply gets it.
+    async fn read_frame(&mut self) -> Option<(u8, u32, Vec<u8>)> {
+        let mut head = [0_u8; 9];
+        self.stream.read_exact(&mut head).await.ok()?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let (kind, flags) = (head[3], head[4]);
+        let of = u32::from_be_bytes([head[5] & 0x7f, head[6], head[7], head[8]]);
+        let mut payload = vec![0_u8; length];
+        self.stream.read_exact(&mut payload).await.ok()?;
+        match kind {
+            SETTINGS if flags & ACK == 0 => self.frame(SETTINGS, ACK, 0, &[]).await,
+            PING if flags & ACK == 0 => self.frame(PING, ACK, 0, &payload).await,
+            _ => {}
+        }
+        Some((kind, of, payload))
     }
 
     async fn frame(&mut self, kind: u8, flags: u8, id: u32, payload: &[u8]) {
@@ -122,6 +145,11 @@ pub(crate) fn frame(kind: u8, flags: u8, id: u32, payload: &[u8]) -> Vec<u8> {
     frame.extend_from_slice(&id.to_be_bytes());
     frame.extend_from_slice(payload);
     frame
+}
+
+/// The four bytes of a payload from `at` on; 0 when it has none there.
+fn number(payload: &[u8], at: usize) -> u32 {
+    payload.get(at..at + 4).map_or(0, |code| u32::from_be_bytes(code.try_into().expect("four bytes")))
 }
 
 /// A string without Huffman coding.

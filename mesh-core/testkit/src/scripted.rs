@@ -55,6 +55,8 @@ pub enum Reply {
     TrailersOnly(u16),
     /// Headers, and right behind them trailers with this gRPC status.
     LateStatus(u16),
+    /// A gRPC message, and trailers with this gRPC status.
+    Message(&'static [u8], u16),
     /// Breaks the connection off; over HTTP/2 resets the stream.
     Reset,
     /// Refuses the stream, over HTTP/2.
@@ -273,14 +275,8 @@ async fn reply(name: &'static str, reply: Reply) -> Result<Response<ReplyBody>, 
             response.headers_mut().insert("grpc-status", code.into());
             response
         }
-        Reply::LateStatus(code) => {
-            let mut trailers = HeaderMap::new();
-            trailers.insert("grpc-status", code.into());
-            let frames = futures_util::stream::iter([Ok(Frame::trailers(trailers))]);
-            let mut response = answer(StatusCode::OK, StreamBody::new(frames).boxed());
-            response.headers_mut().insert("content-type", "application/grpc".parse().expect("a value"));
-            response
-        }
+        Reply::LateStatus(code) => grpc(None, code),
+        Reply::Message(message, code) => grpc(Some(message), code),
         Reply::Reset => return Err(Broken(None)),
         Reply::Refuse => return Err(Broken(Some(h2::Reason::REFUSED_STREAM.into()))),
         Reply::Hang => std::future::pending().await,
@@ -299,6 +295,19 @@ async fn reply(name: &'static str, reply: Reply) -> Result<Response<ReplyBody>, 
             answer(StatusCode::OK, StreamBody::new(futures_util::StreamExt::chain(some, end)).boxed())
         }
     })
+}
+
+fn grpc(message: Option<&[u8]>, code: u16) -> Response<ReplyBody> {
+    let data = message.map(|message| {
+        let length = u32::try_from(message.len()).expect("a short message");
+        Ok(Frame::data([&[0][..], &length.to_be_bytes(), message].concat().into()))
+    });
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", code.into());
+    let frames = futures_util::stream::iter(data.into_iter().chain([Ok(Frame::trailers(trailers))]));
+    let mut response = answer(StatusCode::OK, StreamBody::new(frames).boxed());
+    response.headers_mut().insert("content-type", "application/grpc".parse().expect("a value"));
+    response
 }
 
 fn answer(status: StatusCode, body: ReplyBody) -> Response<ReplyBody> {
