@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use crate::control::Status;
 use crate::explain::Question;
 use crate::security::Asked;
-use crate::status::{Controls, Probers};
+use crate::status::{Controls, Metrics, Probers, TEXT_PAGE};
 
 /// What the endpoints show.
 #[derive(Debug)]
@@ -68,6 +68,8 @@ pub struct Admin {
     pub controls: Controls,
     /// The probes of the application, which the status port answers.
     pub probers: Probers,
+    /// The application's metrics, which the status port has behind our own.
+    pub metrics: Metrics,
 }
 
 /// Which endpoints a port serves.
@@ -81,6 +83,13 @@ pub enum Port {
     Status,
     /// Health: Istio's 15021.
     Health,
+}
+
+impl Port {
+    /// Whether this is a path of Prometheus'. Istio's agent has two.
+    fn has_stats(self, path: &str) -> bool {
+        path == "/stats/prometheus" || (self == Self::Status && path == "/metrics")
+    }
 }
 
 const PATHS: &[(&str, &str)] = &[
@@ -118,6 +127,12 @@ impl Admin {
                     if Probers::owns(head.uri.path()) {
                         return Ok(admin.probers.answer(&head).await);
                     }
+                    if head.method == Method::GET
+                        && port.has_stats(head.uri.path())
+                        && let Some(own) = admin.server.upgrade().map(|server| admin.prometheus(&server))
+                    {
+                        return Ok(admin.metrics.merge(own, &head).await);
+                    }
                 }
                 Ok::<_, Infallible>(admin.respond(port, &head))
             }
@@ -133,7 +148,7 @@ impl Admin {
         }
         let path = head.uri.path();
         let health = matches!(path, "/healthz/ready");
-        let stats = matches!(path, "/stats/prometheus");
+        let stats = port.has_stats(path);
         let served = match port {
             Port::Admin => true,
             Port::Prometheus => stats,
@@ -156,7 +171,7 @@ impl Admin {
             "/server_info" => json(StatusCode::OK, &self.server_info(&server)),
             "/explain" => self.explain(head.uri.query().unwrap_or("")),
             "/mirror_diff" => self.mirror_diff(head.uri.query()),
-            "/stats/prometheus" => text(StatusCode::OK, self.prometheus(&server)),
+            _ if stats => reply(StatusCode::OK, TEXT_PAGE, self.prometheus(&server)),
             _ => not_found(port),
         }
     }
@@ -308,6 +323,12 @@ impl Admin {
         metric("mesh_request_panics_total", "counter", "Panics of requests.", server.panics().count());
         let dropped = self.access_log.as_ref().map_or(0, DroppedLines::count);
         metric("mesh_access_log_dropped_total", "counter", "Access log lines that were dropped.", dropped);
+        metric(
+            "mesh_application_scrape_failures_total",
+            "counter",
+            "Pages of the application's metrics that did not come, or not whole.",
+            self.metrics.failures(),
+        );
         let _ = writeln!(
             out,
             "# HELP mesh_listener_connections Open connections.\n# TYPE mesh_listener_connections gauge"
@@ -478,7 +499,7 @@ fn not_found(port: Port) -> Response<Body> {
     let body = match port {
         Port::Admin => format!("no such endpoint; there are\n{}", index()),
         Port::Prometheus => "this port serves /stats/prometheus\n".to_owned(),
-        Port::Status => "this port serves /healthz/ready and /stats/prometheus\n".to_owned(),
+        Port::Status => "this port serves /healthz/ready, /stats/prometheus and /metrics\n".to_owned(),
         Port::Health => "this port serves /healthz/ready\n".to_owned(),
     };
     text(StatusCode::NOT_FOUND, body)

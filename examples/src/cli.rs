@@ -98,8 +98,8 @@ pub struct Common {
     #[arg(long, value_name = "ADDR")]
     pub prometheus: Option<SocketAddr>,
 
-    /// Also serve /healthz/ready, /stats/prometheus, /app-health/ (as ISTIO_KUBE_APP_PROBERS says), and POST /drain and
-    /// /quitquitquit here (Istio's 15020)
+    /// Also serve /healthz/ready, /stats/prometheus and /metrics (with the application's, as ISTIO_PROMETHEUS_ANNOTATIONS
+    /// says), /app-health/ (as ISTIO_KUBE_APP_PROBERS says), and POST /drain and /quitquitquit here (Istio's 15020)
     #[arg(long, value_name = "ADDR")]
     pub status: Option<SocketAddr>,
 

@@ -33,7 +33,7 @@ use crate::compose::{self, Parts};
 use crate::control::{Control, Sources};
 use crate::credentials::Places;
 use crate::security::Security;
-use crate::status::{Controls, Probers};
+use crate::status::{Controls, Metrics, Probers};
 use crate::{demo, logging, replay, simulate};
 
 /// How often the demo says what its applications have seen.
@@ -448,7 +448,10 @@ impl Proxy {
             controls: self.controls.clone(),
             identity: self.security.asked().cloned(),
             materials: self.security.mesh().clone(),
-            probers: Probers::from_env().map_err(Failure::Other)?,
+            probers: Probers::from_env(Arc::clone(self.security.provider())).map_err(Failure::Other)?,
+            // As in Istio: behind a gateway there is no application, and its service has this port.
+            metrics: if role == Role::Sidecar { Metrics::from_env() } else { Ok(Metrics::none()) }
+                .map_err(Failure::Other)?,
         });
         let ports = [
             ("admin", Some(self.common.admin), Port::Admin, "--admin"),
@@ -459,9 +462,16 @@ impl Proxy {
         let mut first = self.common.admin;
         for (name, address, port, flag) in ports {
             let Some(address) = address else { continue };
+            let has_metrics = matches!(port, Port::Status | Port::Prometheus);
+            let refuse = |own: SocketAddr| match admin.metrics.refuse(own.port()) {
+                Err(error) if has_metrics => Err(Failure::Other(error)),
+                _ => Ok(()),
+            };
+            refuse(address)?;
             let spec = ListenerSpec::new(name, address, Direction::Inbound);
             let (bound, serving) = serve_here(spec, admin.stack(port), ServerLimits::default(), None)
                 .map_err(|error| bind_failure(&error, flag))?;
+            refuse(bound)?;
             tokio::spawn(serving);
             if port == Port::Admin {
                 first = bound;

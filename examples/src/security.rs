@@ -134,6 +134,12 @@ impl Security {
         &self.mesh
     }
 
+    /// The cryptography of the process.
+    #[must_use]
+    pub fn provider(&self) -> &Arc<CryptoProvider> {
+        &self.provider
+    }
+
     /// The state of a worker whose connections are secured as their clusters say.
     #[must_use]
     pub fn shard(&self) -> Arc<Shard> {
