@@ -111,7 +111,7 @@ fn limits(spec: &mut ClusterSpec) {
 }
 
 fn outlier(spec: &mut ClusterSpec) {
-    spec.outlier_detection = Some(OutlierDetection::default());
+    spec.outlier_detection = Some(Box::new(OutlierDetection::default()));
 }
 
 fn all(spec: &mut ClusterSpec) {

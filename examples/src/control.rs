@@ -18,6 +18,7 @@ use mesh_route::{Clusters, RouteTable, TcpRouteTable};
 use mesh_tls::InboundTls;
 use mesh_tls::istio::Secrets;
 
+use crate::memory;
 use crate::security::Security;
 
 /// Where configuration comes from.
@@ -111,6 +112,25 @@ impl Sources {
             }
         }
         Ok(sources)
+    }
+
+    /// The resources among what was read and what is fixed, with the settings of the mesh.
+    fn load(&self, files: &[SourceFile], options: &LoadOptions) -> (ResourceSet, Diagnostics) {
+        let is_mesh_config = |file: &&SourceFile| {
+            self.mesh_config.as_ref().is_some_and(|path| *file.name == *path.to_string_lossy())
+        };
+        let resources: Vec<_> =
+            self.fixed.iter().chain(files.iter().filter(|file| !is_mesh_config(file))).cloned().collect();
+        let (mut set, mut diagnostics) = ResourceSet::load(&resources, options);
+        if let Some(file) = files.iter().find(is_mesh_config) {
+            let (config, found) = MeshConfig::load(file);
+            diagnostics.extend(found);
+            if let Some(config) = config {
+                set = set.with_mesh_config(config);
+            }
+        }
+        diagnostics.honour_mesh("accessLogFile");
+        (set, diagnostics)
     }
 
     /// Everything that is watched.
@@ -284,26 +304,8 @@ impl Control {
     }
 
     fn load(&self, files: &[SourceFile]) -> (ResourceSet, Diagnostics) {
-        let is_mesh_config = |file: &&SourceFile| {
-            self.sources.mesh_config.as_ref().is_some_and(|path| *file.name == *path.to_string_lossy())
-        };
-        let resources: Vec<_> = self
-            .sources
-            .fixed
-            .iter()
-            .chain(files.iter().filter(|file| !is_mesh_config(file)))
-            .cloned()
-            .collect();
-        let (mut set, mut diagnostics) = ResourceSet::load(&resources, &self.options);
-        if let Some(file) = files.iter().find(is_mesh_config) {
-            let (config, found) = MeshConfig::load(file);
-            diagnostics.extend(found);
-            if let Some(config) = config {
-                set = set.with_mesh_config(config);
-            }
-        }
-        diagnostics.honour_mesh("accessLogFile");
-        (set, diagnostics)
+        let (sources, options) = (&self.sources, &self.options);
+        memory::apart(|| sources.load(files, options))
     }
 }
 

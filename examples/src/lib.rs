@@ -11,6 +11,7 @@ pub mod credentials;
 pub mod demo;
 mod explain;
 mod logging;
+mod memory;
 pub mod mesh_ca;
 pub mod replay;
 mod run;

@@ -159,7 +159,7 @@ async fn hyper_clients_have_retries_balancing_and_outlier_detection_around_them(
     let mut spec = ClusterSpec::new(ClusterName::custom("orders"), Discovery::Static(endpoints));
     let outliers =
         OutlierDetection { consecutive_5xx: 3, max_ejection_percent: 70, ..OutlierDetection::default() };
-    spec.outlier_detection = Some(outliers);
+    spec.outlier_detection = Some(Box::new(outliers));
     let balance = Balance::new(spec, &Clusters::new(), |endpoint| client(endpoint.addr)).unwrap().seeded(7);
     let policy = RetryPolicy::new(5, RetryOn::parse("503,connect-failure").unwrap());
     let state = RetryState::new(10, Some(RetryBudget::default()));

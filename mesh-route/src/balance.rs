@@ -127,7 +127,7 @@ impl Balancer {
             kind: spec.balancer,
             warm_up: spec.warm_up.filter(|_| warms_up),
             panic_threshold: spec.outlier_detection.as_ref().map(|config| config.min_health_percent),
-            zone_aware: spec.zone_aware.clone(),
+            zone_aware: spec.zone_aware.as_deref().cloned(),
             tiers: tiers(spec, endpoints, tables),
         };
         Self::available(Arc::new(layout))

@@ -153,12 +153,12 @@ pub struct ClusterSpec {
     /// How an endpoint is picked.
     pub balancer: BalancerKind,
     /// Where the key of a request is, for the kinds that go by one; `None`, the default, picks by chance.
-    pub hash_policy: Option<HashPolicy>,
+    pub hash_policy: Option<Box<HashPolicy>>,
     /// The weights of localities; `None`, the default, when localities do not count.
     pub locality_weights: Option<LocalityWeights>,
     /// Keeps requests in the client's locality as far as its endpoints can take them, with the kinds that go by no key;
     /// `None`, the default, does not. Without meaning beside `locality_weights`.
-    pub zone_aware: Option<ZoneAware>,
+    pub zone_aware: Option<Box<ZoneAware>>,
     /// How endpoints that have just appeared take their share, with the kinds that take turns or count requests;
     /// `None`, the default, at once.
     pub warm_up: Option<WarmUp>,
@@ -171,7 +171,7 @@ pub struct ClusterSpec {
     /// How often its names are resolved again, where it has names. Default 60 s, Istio's `dnsRefreshRate`.
     pub dns_refresh_rate: Duration,
     /// When endpoints that fail are left out; `None`, the default, is never.
-    pub outlier_detection: Option<OutlierDetection>,
+    pub outlier_detection: Option<Box<OutlierDetection>>,
     /// How many retries it bears; `None`, the default, sets no limit beside `max_retries`.
     pub retry_budget: Option<RetryBudget>,
 }
@@ -419,7 +419,7 @@ impl ClusterSpec {
     /// ([`BalancerKind::ring_hash`], [`BalancerKind::maglev`]).
     #[must_use]
     pub fn with_hash_policy(self, balancer: BalancerKind, policy: HashPolicy) -> Self {
-        Self { balancer, hash_policy: Some(policy), ..self }
+        Self { balancer, hash_policy: Some(Box::new(policy)), ..self }
     }
 
     /// Gives endpoints that have just appeared a growing share.
@@ -457,7 +457,7 @@ impl ClusterSpec {
     ) -> Self {
         let priorities = preference.regions(client, &self.places());
         self.prioritise(priorities);
-        self.zone_aware = zone_aware;
+        self.zone_aware = zone_aware.map(Box::new);
         self
     }
 

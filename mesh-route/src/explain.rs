@@ -139,7 +139,7 @@ pub fn explain(table: &RouteTable, request: &RequestView<'_>, conn: &ConnInfo, s
 }
 
 fn endpoint_key(cluster: &Cluster, request: &RequestView<'_>, conn: &ConnInfo) -> Option<EndpointKey> {
-    let policy = cluster.spec().hash_policy.clone()?;
+    let policy = cluster.spec().hash_policy.as_deref()?.clone();
     let hash = policy.hash(request, conn);
     let pick = |balancer: Arc<Balancer>| {
         let choice = Choice { hash: Some(hash?), ..Choice::default() };

@@ -372,7 +372,7 @@ pub(crate) fn set_authority<B>(request: &mut Request<B>, authority: HeaderValue)
 
 /// Gives the client the cookie by which it will be known (DR-LB03).
 pub(crate) fn give_cookie<B>(spec: &ClusterSpec, issued: u64, response: &mut Response<B>) {
-    if let Some(HashPolicy::Cookie(cookie)) = &spec.hash_policy
+    if let Some(HashPolicy::Cookie(cookie)) = spec.hash_policy.as_deref()
         && let Some(value) = cookie.set_cookie(issued)
     {
         response.headers_mut().append(SET_COOKIE, value);

@@ -20,6 +20,7 @@ use crate::cli::Common;
 use crate::compose::Parts;
 use crate::control::{Control, Sources};
 use crate::credentials::Places;
+use crate::memory;
 use crate::security::Security;
 use crate::status::Controls;
 
@@ -111,6 +112,9 @@ impl Proxy {
             return Err(Failure::Other(message));
         }
         self.say(&outcome);
+        // It knows every resource by name; not before it is gone are their pages free.
+        drop(outcome);
+        memory::give_back();
         let named = self.control.status().read().trust_domain;
         let trust_domain = self.common.trust_domain.as_ref().unwrap_or(&named);
         self.security

@@ -9,6 +9,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::Failure;
 use super::proxy::Proxy;
+use crate::memory;
 
 /// The signals that a proxy hears. Listened for before anyone is told that it listens: a signal that comes sooner would
 /// end it without a drain.
@@ -100,8 +101,11 @@ impl Proxy {
             };
             waits = None;
             self.say(&outcome);
+            let is_accepted = outcome.accepted;
+            drop(outcome);
+            tokio::task::block_in_place(memory::give_back);
             // What drains opens no listener.
-            if outcome.accepted && self.server()?.drain().phase() == Phase::Serving {
+            if is_accepted && self.server()?.drain().phase() == Phase::Serving {
                 applied(&mut self);
             }
         }

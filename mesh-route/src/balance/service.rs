@@ -57,7 +57,7 @@ pub struct NotStatic;
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 /// let endpoints = (1..=3).map(|host| EndpointSpec::new(([10, 0, 0, host], 80).into())).collect();
 /// let mut spec = ClusterSpec::new(ClusterName::custom("reviews"), Discovery::Static(endpoints));
-/// spec.outlier_detection = Some(OutlierDetection { max_ejection_percent: 50, ..OutlierDetection::default() });
+/// spec.outlier_detection = Some(Box::new(OutlierDetection { max_ejection_percent: 50, ..OutlierDetection::default() }));
 /// // A service for each endpoint: a hyper client, a tonic channel. Here the first one is broken.
 /// let balance = Balance::new(spec, &Clusters::new(), |endpoint| {
 ///     let broken = endpoint.addr == ([10, 0, 0, 1], 80).into();

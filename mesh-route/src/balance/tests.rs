@@ -24,7 +24,7 @@ const KINDS: [BalancerKind; 6] = [
 
 fn spec(kind: BalancerKind) -> ClusterSpec {
     ClusterSpec {
-        outlier_detection: Some(OutlierDetection::default()),
+        outlier_detection: Some(Box::new(OutlierDetection::default())),
         ..ClusterSpec::new(ClusterName::custom("a"), Discovery::Static(Vec::new())).with_balancer(kind)
     }
 }
@@ -169,7 +169,8 @@ fn dr_od04_who_is_ejected_is_not_picked() {
         let nobody = balancer.renew();
         assert_eq!(Caller::new().pick(&nobody, &Choice::default()), None, "{kind:?}");
         let mut panics = spec(kind);
-        panics.outlier_detection = Some(OutlierDetection { min_health_percent: 50, ..Default::default() });
+        panics.outlier_detection =
+            Some(Box::new(OutlierDetection { min_health_percent: 50, ..Default::default() }));
         let counts = Caller::new().counts(&Balancer::new(&panics, &endpoints), 3_000);
         assert_eq!(counts.len(), 5, "{kind:?}: below the threshold everybody is used");
         let without = ClusterSpec { outlier_detection: None, ..spec(kind) };

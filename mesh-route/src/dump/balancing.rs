@@ -25,7 +25,7 @@ pub(super) fn settings(spec: &ClusterSpec) -> Value {
         "hash_key": spec.hash_policy.as_ref().map(ToString::to_string),
         "panic_threshold_percent": spec.outlier_detection.as_ref().map(|config| config.min_health_percent),
         "warm_up": spec.warm_up.as_ref().map(warm_up),
-        "zone_aware": spec.zone_aware.as_ref().map(zone_aware),
+        "zone_aware": spec.zone_aware.as_deref().map(zone_aware),
     })
 }
 

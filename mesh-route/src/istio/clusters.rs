@@ -1,6 +1,6 @@
 //! From services, ports and subsets to clusters.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -19,8 +19,13 @@ pub(super) struct Clusters<'m> {
     mesh: &'m Mesh<'m>,
     client: load_balancer::Client,
     made: HashMap<ClusterName, Arc<Cluster>>,
+    labels: Labels,
     order: Vec<Arc<Cluster>>,
 }
+
+/// Each set of labels once, as every pod of a deployment has the same, and is in the service's cluster and in a subset's.
+#[derive(Default)]
+struct Labels(HashSet<Arc<[(String, String)]>>);
 
 /// What a destination comes to.
 pub(super) enum Found {
@@ -37,7 +42,7 @@ pub(super) enum Found {
 impl<'m> Clusters<'m> {
     pub(super) fn new(mesh: &'m Mesh<'m>) -> Self {
         let client = load_balancer::Client::of(mesh);
-        Self { mesh, client, made: HashMap::new(), order: Vec::new() }
+        Self { mesh, client, made: HashMap::new(), labels: Labels::default(), order: Vec::new() }
     }
 
     /// Every cluster, in the order in which they were made.
@@ -80,7 +85,7 @@ impl<'m> Clusters<'m> {
             "" => None,
             name => Some(rule.as_ref()?.subset(name)?),
         };
-        let mut spec = ClusterSpec::new(name, discovery(service, port, subset));
+        let mut spec = ClusterSpec::new(name, discovery(service, port, subset, &mut self.labels));
         let effective =
             self.mesh.policy(rule.as_ref(), subset.map(|subset| subset.name.as_str()), port.number);
         policy::apply(&effective, self.mesh, port, &mut spec);
@@ -126,16 +131,30 @@ impl<'m> Clusters<'m> {
     }
 }
 
-fn discovery(service: &Service, port: &ServicePort, subset: Option<&Subset>) -> Discovery {
+impl Labels {
+    fn of(&mut self, instance: &Instance) -> Arc<[(String, String)]> {
+        let labels: Arc<[_]> =
+            instance.labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        if let Some(known) = self.0.get(&labels) {
+            return Arc::clone(known);
+        }
+        self.0.insert(Arc::clone(&labels));
+        labels
+    }
+}
+
+fn discovery(
+    service: &Service,
+    port: &ServicePort,
+    subset: Option<&Subset>,
+    labels: &mut Labels,
+) -> Discovery {
     let in_subset = |instance: &&Arc<Instance>| subset.is_none_or(|s| is_subset(&s.labels, &instance.labels));
     let instances = || service.instances.iter().filter(in_subset);
-    let labels = |instance: &Instance| {
-        instance.labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect::<Arc<[_]>>()
-    };
-    let dns = |instance: &Arc<Instance>| DnsEndpoint {
+    let mut dns = |instance: &Arc<Instance>| DnsEndpoint {
         weight: instance.weight,
         locality: Arc::clone(&instance.locality),
-        labels: labels(instance),
+        labels: labels.of(instance),
         has_identity: has_identity(instance),
         ..DnsEndpoint::new(Arc::clone(&instance.address), instance.port(port))
     };
@@ -152,7 +171,7 @@ fn discovery(service: &Service, port: &ServicePort, subset: Option<&Subset>) -> 
                     Some(EndpointSpec {
                         weight: instance.weight,
                         locality: Arc::clone(&instance.locality),
-                        labels: labels(instance),
+                        labels: labels.of(instance),
                         has_identity: has_identity(instance),
                         ..EndpointSpec::new(SocketAddr::new(address, instance.port(port)))
                     })

@@ -48,7 +48,7 @@ pub(super) fn apply(
         Some(hash) => table(hash),
         None => simple(settings, rule, mesh.cx.compat),
     };
-    spec.hash_policy = hash.and_then(|hash| key(hash).ok().flatten());
+    spec.hash_policy = hash.and_then(|hash| key(hash).ok().flatten()).map(Box::new);
     spec.warm_up = settings
         .and_then(warm_up)
         .filter(|_| matches!(spec.balancer, BalancerKind::RoundRobin | BalancerKind::LeastRequest));

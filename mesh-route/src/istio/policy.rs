@@ -23,7 +23,8 @@ pub(super) fn apply(
     if let Some(rate) = mesh.config.dns_refresh_rate.filter(|rate| !rate.is_zero()) {
         spec.dns_refresh_rate = rate.to_std();
     }
-    spec.outlier_detection = policy.outlier_detection.map(|settings| outlier_detection(settings, mesh));
+    spec.outlier_detection =
+        policy.outlier_detection.map(|settings| Box::new(outlier_detection(settings, mesh)));
     spec.retry_budget = policy.retry_budget.map(retry_budget);
     spec.protocol = protocol(policy, mesh, port.protocol);
 }

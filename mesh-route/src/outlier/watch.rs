@@ -19,7 +19,7 @@ pub(crate) struct Watch {
 impl Watch {
     /// `None` where nobody is ever left out.
     pub(crate) fn of(cluster: &Cluster, runtime: &Arc<ClusterRuntime>) -> Option<Self> {
-        let config = cluster.spec().outlier_detection.clone()?;
+        let config = cluster.spec().outlier_detection.as_deref()?.clone();
         Some(Self { config, runtime: Arc::clone(runtime), endpoints: cluster.endpoints().len() })
     }
 

@@ -64,10 +64,10 @@ async fn b4_whoever_leaves_at_any_moment_leaves_every_count_exact() {
             spec.pool.max_pending_requests = 200;
             spec.pool.max_requests = 400;
             spec.retry_budget = Some(RetryBudget { percent: 50.0, ..RetryBudget::default() });
-            spec.outlier_detection = Some(OutlierDetection {
+            spec.outlier_detection = Some(Box::new(OutlierDetection {
                 base_ejection_time: Duration::from_millis(1),
                 ..OutlierDetection::default()
-            });
+            }));
         });
         let policy = RetryPolicy::new(3, RetryOn::parse("5xx").unwrap())
             .per_try_timeout(Duration::from_millis(12))

@@ -320,7 +320,7 @@ async fn bug_a_black_hole_behind_a_shorter_timeout_was_never_ejected() {
         let cluster = cluster_of(&addrs, |spec| {
             (spec.protocol, spec.pool) = (protocol, pool());
             let three = OutlierDetection { consecutive_5xx: 3, ..OutlierDetection::default() };
-            spec.outlier_detection = Some(OutlierDetection { max_ejection_percent: 100, ..three });
+            spec.outlier_detection = Some(Box::new(OutlierDetection { max_ejection_percent: 100, ..three }));
         });
         let client = network.client(&cluster, |route| route.timeout(CONNECT_TIMEOUT / 4));
         let runtime = cluster.runtime().unwrap();

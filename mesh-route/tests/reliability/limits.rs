@@ -45,7 +45,7 @@ async fn dr_cp04_a_timeout_in_our_own_queue_ejects_nobody() {
     let cluster = cluster_of(&[addr], |spec| {
         spec.pool.max_connections = 1;
         spec.outlier_detection =
-            Some(OutlierDetection { max_ejection_percent: 100, ..OutlierDetection::default() });
+            Some(Box::new(OutlierDetection { max_ejection_percent: 100, ..OutlierDetection::default() }));
     });
     let shard = network.shard(1);
     let patient = client_on(shard.clone(), &cluster, |route| route);

@@ -50,7 +50,7 @@ async fn a6_an_endpoint_that_fails_for_a_minute_is_left_out_in_time_and_comes_ba
         let cluster = cluster_of(&addrs, |spec| {
             spec.protocol = protocol;
             spec.balancer = BalancerKind::RoundRobin;
-            spec.outlier_detection = Some(detection());
+            spec.outlier_detection = Some(Box::new(detection()));
         });
         let client = network.client(&cluster, |route| route);
         let end = Instant::now() + Duration::from_secs(130);
@@ -111,7 +111,7 @@ async fn a6_never_more_than_the_share_is_left_out() {
             let cluster = cluster_of(&addrs, |spec| {
                 spec.protocol = protocol;
                 spec.outlier_detection =
-                    Some(OutlierDetection { max_ejection_percent: percent, ..detection() });
+                    Some(Box::new(OutlierDetection { max_ejection_percent: percent, ..detection() }));
             });
             let client = network.client(&cluster, |route| route);
             for _ in 0..200 {
@@ -133,8 +133,11 @@ async fn a7_without_a_panic_threshold_it_is_uh_at_once() {
         let addrs = scripts.each_ref().map(|script| network.host(Host::script(script, protocol)));
         let cluster = cluster_of(&addrs, |spec| {
             spec.protocol = protocol;
-            spec.outlier_detection =
-                Some(OutlierDetection { max_ejection_percent: 100, consecutive_5xx: 1, ..detection() });
+            spec.outlier_detection = Some(Box::new(OutlierDetection {
+                max_ejection_percent: 100,
+                consecutive_5xx: 1,
+                ..detection()
+            }));
         });
         // A retry finds nobody either, and waits for nobody.
         let retry = RetryPolicy::new(3, RetryOn::parse("connect-failure,refused-stream").unwrap());
@@ -164,12 +167,12 @@ async fn a7_below_the_panic_threshold_everybody_is_asked() {
         let cluster = cluster_of(&addrs, |spec| {
             spec.protocol = protocol;
             spec.balancer = BalancerKind::RoundRobin;
-            spec.outlier_detection = Some(OutlierDetection {
+            spec.outlier_detection = Some(Box::new(OutlierDetection {
                 max_ejection_percent: 100,
                 min_health_percent: 50,
                 consecutive_5xx: 1,
                 ..detection()
-            });
+            }));
         });
         let client = network.client(&cluster, |route| route);
         let started = Instant::now();

@@ -63,12 +63,12 @@ async fn failures_that_two_workers_see_at_once_make_one_ejection() {
             let before = bad.requests();
             let cluster = cluster_of(&[bad.addr], |spec| {
                 spec.protocol = protocol;
-                spec.outlier_detection = Some(OutlierDetection {
+                spec.outlier_detection = Some(Box::new(OutlierDetection {
                     consecutive_5xx: THRESHOLD as u32,
                     max_ejection_percent: 100,
                     base_ejection_time: Duration::from_secs(3600),
                     ..OutlierDetection::default()
-                });
+                }));
             });
             let failed = on_workers(2, &cluster, |route| route, until_unhealthy).await;
             let runtime = cluster.runtime().unwrap();

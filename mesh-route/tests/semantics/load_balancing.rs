@@ -278,7 +278,7 @@ fn dr_lb05_precedence_subset_and_port_then_subset_then_port_then_top() {
                 ),
             );
         let policy = compile(&yaml).spec(cluster).hash_policy.unwrap();
-        match policy {
+        match *policy {
             HashPolicy::Header(name) => name.to_string(),
             other => panic!("{other:?}"),
         }

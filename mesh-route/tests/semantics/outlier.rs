@@ -18,7 +18,7 @@ fn yaml(upstreams: &[u16], policy: &str) -> String {
 fn settings(detection: &str) -> OutlierDetection {
     let it = compile(&yaml(&[1], &format!("{{outlierDetection: {detection}}}")));
     assert_eq!(it.unenforced(), [] as [&str; 0], "{detection}");
-    it.spec(REVIEWS).outlier_detection.unwrap()
+    it.spec(REVIEWS).outlier_detection.map(|boxed| *boxed).unwrap()
 }
 
 async fn status(client: &Client) -> u16 {

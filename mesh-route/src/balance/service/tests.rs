@@ -131,7 +131,7 @@ async fn dr_lb06_the_next_priority_takes_what_an_ejected_one_cannot_layer() {
     let endpoints = vec![endpoint(1), EndpointSpec { priority: 1, ..endpoint(2) }];
     let mut spec = spec(endpoints);
     spec.outlier_detection =
-        Some(OutlierDetection { max_ejection_percent: 100, ..OutlierDetection::default() });
+        Some(Box::new(OutlierDetection { max_ejection_percent: 100, ..OutlierDetection::default() }));
     let balance = balance(spec, |host| if host == 1 { 500 } else { 200 });
     assert_eq!(shares(&balance, 5).await, BTreeMap::from([(1, 5)]));
     assert_eq!(shares(&balance, 50).await, BTreeMap::from([(2, 50)]), "DR-OD01: five in a row");
@@ -143,7 +143,7 @@ async fn dr_lb06_the_next_priority_takes_what_an_ejected_one_cannot_layer() {
 async fn dr_od04_without_anybody_left_it_answers_by_itself_layer() {
     let mut spec = spec(vec![endpoint(1)]);
     spec.outlier_detection =
-        Some(OutlierDetection { max_ejection_percent: 100, ..OutlierDetection::default() });
+        Some(Box::new(OutlierDetection { max_ejection_percent: 100, ..OutlierDetection::default() }));
     let balance = balance(spec, |_| 500);
     shares(&balance, 5).await;
     let error = ask(&balance, request()).await.unwrap_err();
