@@ -33,7 +33,7 @@ pub(crate) fn of_route(route: &Route) -> Value {
 /// Outlier detection, circuit breaker, retry budget, TLS.
 pub(crate) fn of_cluster(spec: &ClusterSpec) -> Value {
     json!({
-        "outlier_detection": spec.outlier_detection.as_ref().map(outlier_detection),
+        "outlier_detection": spec.outlier_detection.as_deref().map(outlier_detection),
         "circuit_breaker": limits(&spec.pool),
         "retry_budget": spec.retry_budget.map(|budget| json!({
             "percent": budget.percent,
