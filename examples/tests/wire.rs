@@ -136,6 +136,21 @@ async fn e1_probes_of_what_hyper_accepts() {
     }
 }
 
+/// A proxy says its own version (RFC 9110, 2.5). As HTTP/1.0 the answer ended the connection of a client of HTTP/1.1.
+#[tokio::test]
+async fn an_upstream_of_http_1_0_does_not_make_the_answer_one_of_http_1_0() {
+    let upstream = Recorder::start(b"HTTP/1.0 200 OK\r\n\r\nok", true).await;
+    let (gateway, _dir) = gateway(upstream.addr);
+    let twice = b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\nGET /2 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+    let answer = exchange(gateway.address("http"), twice, Duration::from_secs(10)).await;
+    let text = String::from_utf8_lossy(&answer.bytes);
+    assert_eq!(text.matches("HTTP/1.1 200").count(), 2, "{text}");
+    assert_eq!(text.matches("2\r\nok\r\n0\r\n").count(), 2, "{text}");
+    let old = exchange(gateway.address("http"), b"GET / HTTP/1.0\r\n\r\n", Duration::from_secs(10)).await;
+    let text = String::from_utf8_lossy(&old.bytes);
+    assert!(text.starts_with("HTTP/1.0 200") && text.ends_with("\r\n\r\nok"), "{text}");
+}
+
 #[tokio::test]
 async fn e1_a_matrix_of_framings_has_one_reading() {
     let upstream = Recorder::start(OK, false).await;

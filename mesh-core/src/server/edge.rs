@@ -233,7 +233,7 @@ fn call<S: HttpStack>(stack: &mut S, request: &mut Option<Request<Body>>) -> Sta
     request.take().map_or(State::Panicked, |request| State::Running(stack.call(request)))
 }
 
-/// Announces a drain and gives the response body its meter.
+/// Gives the response our version, announces a drain, and gives the body its meter.
 fn finish(
     mut response: Response<Body>,
     context: &RequestContext,
@@ -241,6 +241,8 @@ fn finish(
     head: bool,
 ) -> Response<Body> {
     let status = response.status();
+    // Not the upstream's. The codec answers a client of HTTP/1.0 as such by itself.
+    *response.version_mut() = if version < Version::HTTP_2 { Version::HTTP_11 } else { version };
     if version < Version::HTTP_2
         && status != StatusCode::SWITCHING_PROTOCOLS
         && context.phase() > Phase::Serving
