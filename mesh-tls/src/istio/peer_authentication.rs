@@ -1,8 +1,10 @@
-//! PeerAuthentication compiled into the modes of the inbound ports. What selects whom is resolved in mesh-core.
+//! PeerAuthentication, and the authentication policies of Istio 1.1, compiled into the modes of the inbound ports. What
+//! selects whom is resolved in mesh-core.
 
 use mesh_core::config::{Compile, CompileContext, Rejected, Role};
 use mesh_core::diagnostics::Diagnostics;
 use mesh_core::istio::ResourceSet;
+use mesh_core::istio::effective::legacy_authentication::is_known;
 use mesh_core::istio::effective::peer_authentication::MtlsModes;
 use mesh_core::istio::types::peer_authentication::MutualTlsMode;
 use mesh_core::server::DownstreamTls;
@@ -11,6 +13,9 @@ use crate::inbound::InboundTls;
 
 const HONOURED: &[&str] = &["spec.selector", "spec.mtls", "spec.portLevelMtls"];
 
+/// What is enforced of the policies of Istio 1.1: mTLS of peers. Tokens of end users are not, and are reported.
+const HONOURED_LEGACY: &[&str] = &["spec.peers[*].mtls", "spec.peerIsOptional"];
+
 impl Compile<ResourceSet> for InboundTls {
     fn compile(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) -> Result<Self, Rejected> {
         // Without an identity nothing can be terminated: what is demanded then lets nobody in, and is reported.
@@ -18,13 +23,22 @@ impl Compile<ResourceSet> for InboundTls {
             for policy in set.peer_authentications() {
                 diags.honour_all(policy.doc, HONOURED);
             }
+            for policy in set.mesh_policies() {
+                diags.honour_all(policy.doc, HONOURED_LEGACY);
+            }
+            for policy in set.authentication_policies() {
+                diags.honour_all(policy.doc, HONOURED_LEGACY);
+                if is_known(set, policy, &cx.workload) {
+                    diags.honour(policy.doc, "spec.targets");
+                }
+            }
         }
         if cx.role == Role::Gateway {
             // The servers of a gateway say themselves what they accept.
             return Ok(Self::all(DownstreamTls::Disable));
         }
         let root = set.mesh_config().root_namespace();
-        let modes = MtlsModes::of(set.peer_authentications(), &cx.workload, root);
+        let modes = MtlsModes::of(set, &cx.workload, root);
         let mode = |of: MutualTlsMode| mode(of, cx.transport.terminates);
         let all = Self::all(mode(modes.default_mode()));
         Ok(modes.ports().fold(all, |all, (port, of_port)| all.port(port, mode(of_port))))

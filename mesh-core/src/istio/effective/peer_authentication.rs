@@ -1,11 +1,15 @@
 //! Which mTLS mode a workload has, by port (PA-01 … PA-03).
+//!
+//! Where no PeerAuthentication says anything for a workload, the authentication policies of Istio 1.1 do (LA-01), as they
+//! did while Istio had both.
 
 use std::collections::BTreeMap;
 
+use super::legacy_authentication::LegacyMtls;
 use super::scope::{Level, selector_level};
 use crate::config::Workload;
-use crate::istio::Resource;
 use crate::istio::types::peer_authentication::{MutualTls, MutualTlsMode, PeerAuthentication};
+use crate::istio::{Resource, ResourceSet};
 
 /// The resolved modes of a workload; never [`MutualTlsMode::Unset`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,13 +19,14 @@ pub struct MtlsModes {
 }
 
 impl MtlsModes {
-    /// The modes of `workload`. `policies` come oldest first, as a [`ResourceSet`](crate::istio::ResourceSet) gives
-    /// them.
+    /// The modes of `workload`.
     ///
     /// Of several policies of one level the oldest counts; each level that says nothing inherits from the one above,
-    /// and the mesh's from PERMISSIVE. Selectors in the root namespace mean nothing here, unlike elsewhere.
+    /// and the mesh's from PERMISSIVE, or from the policies of Istio 1.1 where there are some. Selectors in the root
+    /// namespace mean nothing here, unlike elsewhere.
     #[must_use]
-    pub fn of(policies: &[Resource<PeerAuthentication>], workload: &Workload, root_namespace: &str) -> Self {
+    pub fn of(set: &ResourceSet, workload: &Workload, root_namespace: &str) -> Self {
+        let policies: &[Resource<PeerAuthentication>] = set.peer_authentications();
         let oldest = |level: Level| {
             policies.iter().map(|policy| (policy.meta.namespace.as_str(), &policy.spec)).find(
                 |(namespace, spec)| {
@@ -32,16 +37,17 @@ impl MtlsModes {
         };
         let [mesh, namespace, own] =
             [Level::Mesh, Level::Namespace, Level::Workload].map(|level| oldest(level).map(|(_, spec)| spec));
-        let default = [own, namespace, mesh]
-            .into_iter()
-            .flatten()
-            .filter_map(|policy| policy.mtls)
-            .find_map(set)
-            .unwrap_or(MutualTlsMode::Permissive);
-        let ports = own.and_then(|policy| policy.port_level_mtls.as_ref()).into_iter().flatten();
-        let ports = ports
-            .filter_map(|(port, tls)| Some((u16::try_from(*port).ok()?, set(*tls).unwrap_or(default))))
-            .collect();
+        let said =
+            [own, namespace, mesh].into_iter().flatten().filter_map(|policy| policy.mtls).find_map(set_mode);
+        let legacy = LegacyMtls::of(set, workload);
+        let default = said.or(legacy.default).unwrap_or(MutualTlsMode::Permissive);
+        let mut ports = if said.is_some() { BTreeMap::new() } else { legacy.ports };
+        let own_ports = own.and_then(|policy| policy.port_level_mtls.as_ref()).into_iter().flatten();
+        ports.extend(
+            own_ports.filter_map(|(port, tls)| {
+                Some((u16::try_from(*port).ok()?, set_mode(*tls).unwrap_or(default)))
+            }),
+        );
         Self { default, ports }
     }
 
@@ -63,7 +69,7 @@ impl MtlsModes {
     }
 }
 
-fn set(tls: MutualTls) -> Option<MutualTlsMode> {
+fn set_mode(tls: MutualTls) -> Option<MutualTlsMode> {
     (tls.mode != MutualTlsMode::Unset).then_some(tls.mode)
 }
 
@@ -87,7 +93,7 @@ mod tests {
         let file = SourceFile::new("a.yaml", yaml.join("---\n"));
         let (set, diags) = ResourceSet::load(&[file], &LoadOptions::default());
         assert!(!diags.has_errors(), "{diags}");
-        MtlsModes::of(set.peer_authentications(), &workload("a", &[("app", "web")]), "istio-system")
+        MtlsModes::of(&set, &workload("a", &[("app", "web")]), "istio-system")
     }
 
     const T1: &str = "2024-01-01T00:00:00Z";
