@@ -53,5 +53,5 @@ pub use prefixed::Prefixed;
 pub use snapshot::{Pinned, Slot, Snapshot, Snapshots};
 pub use upstream::{
     ClientTls, ClusterName, Connect, ConnectTarget, Connecting, Credential, CredentialFiles, Io, Originate,
-    Spoken, UpstreamTls,
+    Originated, Originating, Spoken, Standing, UpstreamTls,
 };

@@ -294,6 +294,7 @@ pub(crate) struct Stats {
     pub(crate) handshakes: AtomicUsize,
     pub(crate) handshake_failures: AtomicU64,
     pub(crate) plaintext_refused: AtomicU64,
+    pub(crate) distrusted: AtomicU64,
 }
 
 impl Stats {
@@ -357,6 +358,8 @@ pub struct ListenerStatus {
     pub handshake_failures: u64,
     /// Connections closed because they began in plaintext where TLS is demanded.
     pub plaintext_refused: u64,
+    /// Connections closed because their peer, once let in, would not be let in any more.
+    pub distrusted: u64,
 }
 
 impl ListenerStatus {
@@ -376,6 +379,7 @@ impl ListenerStatus {
             handshakes: stats.handshakes.load(Ordering::Relaxed),
             handshake_failures: stats.handshake_failures.load(Ordering::Relaxed),
             plaintext_refused: stats.plaintext_refused.load(Ordering::Relaxed),
+            distrusted: stats.distrusted.load(Ordering::Relaxed),
         }
     }
 }

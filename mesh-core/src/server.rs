@@ -37,6 +37,7 @@ mod l4;
 mod limits;
 mod serve;
 mod tls;
+mod trust;
 mod worker;
 
 use std::future::{Future, pending};
@@ -53,6 +54,7 @@ pub use self::l4::{Expect, L4, L4Conn, WithL4};
 pub use self::limits::ServerLimits;
 pub use self::serve::Protocol;
 pub use self::tls::{DownstreamTls, Nothing, Terminate, Terminated, WithTls};
+pub use self::trust::{Judge, OpenConnections};
 pub use self::worker::Worker;
 pub use crate::drain::{Drain, DrainTimes, Drained, Phase, Token};
 pub use crate::listener::{BindError, ListenerProtocol, ListenerSpec, ListenerStatus, OwnAddresses};
@@ -262,9 +264,10 @@ impl Server {
                     }
                 };
                 let stack = factory(worker);
-                let edge = make_edge(stack, options.snapshots, options.limits, options.panics);
+                let edge = make_edge(stack, options.snapshots.clone(), options.limits, options.panics);
                 let handler = Arc::new(handler(worker));
-                let acceptor = Acceptor { shared, edge, handler, worker: worker.index, loads, peers };
+                let (worker, snapshots) = (worker.index, options.snapshots);
+                let acceptor = Acceptor { shared, edge, handler, worker, loads, snapshots, peers };
                 tokio::spawn(acceptor.run(listener, passed, accepting));
             }));
         }
@@ -426,6 +429,7 @@ pub fn serve_here<S: HttpStack>(
         handler: Arc::new(PlainHttp),
         worker: 0,
         loads: None,
+        snapshots: None,
         peers: Arc::new([peer]),
     };
     Ok((address, acceptor.run(listener, passed, accepting)))

@@ -76,10 +76,12 @@ impl Sniffer {
         }
     }
 
-    /// What a connection counts as whose client says no more: TLS without a name, or something else.
+    /// What a connection counts as whose client says no more: TLS without a name, or something else. What may still become
+    /// TLS is that: a client which is slow must not be served as plaintext.
     #[must_use]
     pub fn give_up(&self, first: &[u8]) -> Sniffed {
-        if kind(first) == Kind::Tls { Sniffed::Tls(None) } else { Sniffed::Other }
+        let is_tls = first.first() == Some(&HANDSHAKE) && kind(first) != Kind::Other;
+        if is_tls { Sniffed::Tls(None) } else { Sniffed::Other }
     }
 
     /// Puts the records together until the ClientHello is whole.
@@ -268,7 +270,7 @@ impl<'a> Reader<'a> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -291,6 +293,11 @@ mod tests {
         body.extend([1, 0]);
         body.extend(vector(&extensions));
         [&[CLIENT_HELLO], &(body.len() as u32).to_be_bytes()[1..], &body].concat()
+    }
+
+    /// A ClientHello for `name`, in records of `size` bytes.
+    pub(crate) fn client_hello(name: &str, size: usize) -> Vec<u8> {
+        records(&hello(Some(&[(0, name)])), size)
     }
 
     /// In records of `size` bytes.

@@ -206,10 +206,32 @@ pub trait Connect: fmt::Debug + Send + Sync {
     fn connect(&self, target: &ConnectTarget) -> Connecting;
 }
 
+/// Whether a connection that was secured would be made again by what is trusted now (D9). A pool asks before it gives a
+/// request to it.
+pub trait Standing: fmt::Debug + Send + Sync {
+    /// Whether it would be made now. While nothing has changed two integers are compared; after a change the server's
+    /// certificates are judged, once for all connections to it.
+    fn holds(&self) -> bool;
+
+    /// Whether nothing has changed since the last judgement, so that [`holds`](Self::holds) is quick.
+    fn is_judged(&self) -> bool;
+}
+
+/// A connection that was secured.
+pub struct Originated {
+    /// The stream.
+    pub io: Box<dyn Io>,
+    /// On what it stands; `None` where nothing that may change was asked of the server.
+    pub standing: Option<Arc<dyn Standing>>,
+}
+
+/// A connection being secured.
+pub type Originating = Pin<Box<dyn Future<Output = io::Result<Originated>> + Send>>;
+
 /// Secures a TCP connection that was made: the seam between pools and a TLS library.
 pub trait Originate: fmt::Debug + Send + Sync {
     /// Shakes hands over `stream`, as `tls` says. The time that it may take is bounded by whoever asks.
-    fn originate(&self, stream: TcpStream, tls: &ClientTls, spoken: Spoken) -> Connecting;
+    fn originate(&self, stream: TcpStream, tls: &ClientTls, spoken: Spoken) -> Originating;
 }
 
 #[cfg(test)]

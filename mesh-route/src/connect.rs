@@ -3,10 +3,11 @@
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::StatusCode;
-use mesh_core::{ConnectTarget, Error, ErrorKind, Io, ResponseFlags};
+use mesh_core::{ConnectTarget, Error, ErrorKind, Io, Originated, ResponseFlags, Standing};
 use pin_project::pin_project;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -23,22 +24,31 @@ pub(crate) enum Stream {
     Made(#[pin] Box<dyn Io>),
 }
 
-/// Opens the transport to an endpoint, and says which is our end: by the connector of the shard, or by TCP and what
-/// secures it. All of it within the connect timeout.
+/// A transport to an endpoint.
+pub(crate) struct Opened {
+    pub(crate) stream: Stream,
+    /// Our end, where it is known.
+    pub(crate) local: Option<SocketAddr>,
+    /// What its security stands on.
+    pub(crate) standing: Option<Arc<dyn Standing>>,
+}
+
+/// Opens the transport to an endpoint: by the connector of the shard, or by TCP and what secures it. All of it within the
+/// connect timeout.
 pub(crate) async fn open(
     shard: &Shard,
     target: &ConnectTarget,
     settings: &PoolSettings,
-) -> Result<(Stream, Option<SocketAddr>), Error> {
+) -> Result<Opened, Error> {
     if let Some(connector) = shard.connector() {
         let made = within(settings, connector.connect(target)).await?;
-        return Ok((Stream::Made(made), None));
+        return Ok(Opened { stream: Stream::Made(made), local: None, standing: None });
     }
     let Some(tls) = &target.tls else {
         let stream = within(settings, TcpStream::connect(target.addr)).await?;
         set_options(&stream, target, settings);
         let local = stream.local_addr().ok();
-        return Ok((Stream::Tcp(stream), local));
+        return Ok(Opened { stream: Stream::Tcp(stream), local, standing: None });
     };
     // Never in plaintext instead.
     let originator = shard.originator().ok_or_else(|| {
@@ -55,8 +65,8 @@ pub(crate) async fn open(
         local = stream.local_addr().ok();
         originator.originate(stream, tls, target.spoken).await
     };
-    let stream = within(settings, secured).await?;
-    Ok((Stream::Made(stream), local))
+    let Originated { io, standing } = within(settings, secured).await?;
+    Ok(Opened { stream: Stream::Made(io), local, standing })
 }
 
 /// No delay by Nagle's algorithm, and the keep-alive that is asked for.

@@ -152,6 +152,19 @@ async fn sweep(shard: Weak<Shard>) {
     loop {
         tokio::time::sleep(SWEEP).await;
         let Some(shard) = shard.upgrade() else { return };
+        let mut unjudged = Vec::new();
+        {
+            let inner = shard.lock();
+            inner.h1.values().for_each(|pool| pool.unjudged(&mut unjudged));
+            inner.h2.values().for_each(|pool| pool.unjudged(&mut unjudged));
+        }
+        for standing in unjudged {
+            // What it finds is kept; the next sweep of the pools compares a number.
+            if !standing.is_judged() {
+                standing.holds();
+                tokio::task::yield_now().await;
+            }
+        }
         let now = mesh_core::clock::now();
         let mut expired = (Vec::new(), Vec::new());
         {

@@ -10,9 +10,10 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use mesh_core::identity::PeerInfo;
-use mesh_core::server::{DownstreamTls, Protocol, Terminate, Terminated};
+use mesh_core::server::{DownstreamTls, Judge, Protocol, Terminate, Terminated};
 use mesh_core::{ConnInfo, Pinned, Prefixed, Slot};
 use rustls::crypto::CryptoProvider;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
@@ -20,6 +21,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{ServerConfig, ServerConnection};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
@@ -27,7 +29,7 @@ use crate::alpn;
 use crate::certificate::peer_info;
 use crate::inbound::InboundTls;
 use crate::source::Materials;
-use crate::verifier::{PeerRule, PeerVerifier, in_words};
+use crate::verifier::{PeerRule, PeerVerifier, Refusal, in_words};
 use crate::xfcc;
 
 /// Shakes hands as a server. Cloning shares it.
@@ -52,7 +54,14 @@ use crate::xfcc;
 pub struct Acceptor {
     tls: TlsAcceptor,
     provider: Arc<CryptoProvider>,
-    own: Option<Materials>,
+    mutual: Option<Mutual>,
+}
+
+/// What mutual TLS of the mesh knows of both ends.
+#[derive(Clone)]
+struct Mutual {
+    own: Materials,
+    verifier: Arc<PeerVerifier>,
 }
 
 /// A connection after its handshake.
@@ -76,13 +85,14 @@ impl Acceptor {
     /// When the provider has no TLS 1.2 or 1.3.
     pub fn mutual(materials: Materials, provider: Arc<CryptoProvider>) -> Result<Self, rustls::Error> {
         let rule = PeerRule::Svid { trust_domains: None, any_of: Vec::new() };
-        let verifier = PeerVerifier::new(materials.clone(), Arc::clone(&provider), rule);
+        let verifier = Arc::new(PeerVerifier::new(materials.clone(), Arc::clone(&provider), rule));
         let mut config = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()?
-            .with_client_cert_verifier(Arc::new(verifier))
+            .with_client_cert_verifier(Arc::clone(&verifier) as _)
             .with_cert_resolver(Arc::new(Ours(materials.clone())));
         config.alpn_protocols = alpn::SERVER.iter().map(|name| name.to_vec()).collect();
-        Ok(Self { own: Some(materials), ..Self::of(config, provider) })
+        let mutual = Some(Mutual { own: materials, verifier });
+        Ok(Self { mutual, ..Self::of(config, provider) })
     }
 
     /// TLS for those who have no certificate yet: clients may show one of the mesh, and are told from each other by it, but
@@ -107,7 +117,7 @@ impl Acceptor {
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.max_early_data_size = 0;
-        Self { tls: TlsAcceptor::from(Arc::new(config)), provider, own: None }
+        Self { tls: TlsAcceptor::from(Arc::new(config)), provider, mutual: None }
     }
 
     /// Shakes hands. The time that it may take is the caller's to bound.
@@ -119,7 +129,18 @@ impl Acceptor {
         IO: AsyncRead + AsyncWrite + Unpin,
     {
         let io = self.tls.accept(io).await.map_err(in_words)?;
-        secured(io, &self.provider, self.own.as_ref())
+        secured(io, &self.provider, self.mutual.as_ref().map(|mutual| &mutual.own))
+    }
+
+    /// Whether a client whose connection is open would be let in now: what it may be asked of each client when
+    /// [`trust`](Materials::trust_changes) has changed. That its certificate has ended since does not count. A
+    /// configuration of one's own ([`Acceptor::of`]) is nothing that can be asked again, and lets everybody in.
+    ///
+    /// # Errors
+    /// When it would not be let in.
+    pub fn judge_again(&self, peer: &PeerInfo) -> Result<(), Refusal> {
+        let Some(mutual) = &self.mutual else { return Ok(()) };
+        mutual.verifier.judge_client_again(&peer.chain, SystemTime::now())
     }
 }
 
@@ -182,11 +203,40 @@ impl Inbound {
     }
 }
 
+impl Inbound {
+    fn mode(&self, info: &ConnInfo, snapshot: Option<&Pinned>) -> DownstreamTls {
+        self.modes.get_in(snapshot).map_or(DownstreamTls::Strict, |modes| modes.of_port(info.port))
+    }
+}
+
+impl Judge for Inbound {
+    fn judge(&self, info: &ConnInfo, snapshot: Option<&Pinned>) -> Result<(), String> {
+        match &info.identity {
+            Some(peer) => self.acceptor.judge_again(peer).map_err(|refusal| refusal.to_string()),
+            None if !info.tls && self.mode(info, snapshot) == DownstreamTls::Strict => {
+                Err("it is in plaintext, and TLS is demanded now".to_owned())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn generation(&self, info: &ConnInfo, _: Option<&Pinned>) -> u64 {
+        match (&info.identity, &self.acceptor.mutual) {
+            (Some(_), Some(mutual)) => mutual.own.trust_generation(),
+            _ => 0,
+        }
+    }
+
+    fn changes(&self) -> Vec<watch::Receiver<u64>> {
+        self.acceptor.mutual.iter().map(|mutual| mutual.own.trust_changes()).collect()
+    }
+}
+
 impl Terminate for Inbound {
     type Io = TlsStream<Prefixed<TcpStream>>;
 
     fn expect(&self, info: &ConnInfo, snapshot: Option<&Pinned>) -> DownstreamTls {
-        self.modes.get_in(snapshot).map_or(DownstreamTls::Strict, |modes| modes.of_port(info.port))
+        self.mode(info, snapshot)
     }
 
     async fn terminate(

@@ -10,6 +10,8 @@ pub struct TrustBundle {
     roots: Vec<CertificateDer<'static>>,
     anchors: Vec<TrustAnchor<'static>>,
     crls: Vec<CertRevocationList<'static>>,
+    /// The lists as they were read, to tell another bundle from the same one.
+    read: Vec<CertificateRevocationListDer<'static>>,
 }
 
 /// Why a bundle cannot be made.
@@ -56,7 +58,7 @@ impl TrustBundle {
                 .map_err(|reason| InvalidBundle::Root { index, reason })
         };
         let anchors = roots.iter().enumerate().map(anchor).collect::<Result<_, _>>()?;
-        Ok(Self { roots, anchors, crls: Vec::new() })
+        Ok(Self { roots, anchors, crls: Vec::new(), read: Vec::new() })
     }
 
     /// Believes the authorities of a PEM text.
@@ -78,9 +80,10 @@ impl TrustBundle {
     ) -> Result<Self, InvalidBundle> {
         for crl in crls {
             let index = self.crls.len();
-            let crl = OwnedCertRevocationList::from_der(&crl)
+            let list = OwnedCertRevocationList::from_der(&crl)
                 .map_err(|reason| InvalidBundle::Crl { index, reason })?;
-            self.crls.push(crl.into());
+            self.crls.push(list.into());
+            self.read.push(crl);
         }
         Ok(self)
     }
@@ -98,6 +101,12 @@ impl TrustBundle {
     #[must_use]
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
+    }
+
+    /// Whether it believes the same authorities and knows of the same revocations, in the same order.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.roots == other.roots && self.read == other.read
     }
 
     pub(crate) fn anchors(&self) -> &[TrustAnchor<'static>] {

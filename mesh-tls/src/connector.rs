@@ -11,7 +11,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use mesh_core::{ClientTls, Connecting, Credential, Io, Originate, Spoken};
+use mesh_core::{ClientTls, Credential, Originate, Originated, Originating, Spoken};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
@@ -25,6 +25,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::alpn;
 use crate::source::{Identity, Materials};
+use crate::standing::{Acquaintances, Begun};
 use crate::verifier::{PeerRule, PeerVerifier, in_words};
 
 /// Finds the materials of credentials that are not the mesh's own.
@@ -39,6 +40,15 @@ pub struct Connector {
     mesh: Materials,
     others: Option<Arc<dyn Credentials>>,
     provider: Arc<CryptoProvider>,
+    met: Arc<Acquaintances>,
+}
+
+/// What a handshake needs.
+struct Prepared {
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+    begun: Begun,
+    verifier: Option<PeerVerifier>,
 }
 
 impl Connector {
@@ -46,7 +56,7 @@ impl Connector {
     /// known.
     #[must_use]
     pub fn new(mesh: Materials, provider: Arc<CryptoProvider>) -> Self {
-        Self { mesh, others: None, provider }
+        Self { mesh, others: None, provider, met: Arc::default() }
     }
 
     /// Finds other credentials here.
@@ -64,13 +74,13 @@ impl Connector {
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
-        let (config, name) = self.prepare(tls, spoken)?;
-        let stream = TlsConnector::from(Arc::new(config)).connect(name, io).await.map_err(in_words)?;
+        let Prepared { config, name, .. } = self.prepare(tls, spoken)?;
+        let stream = TlsConnector::from(config).connect(name, io).await.map_err(in_words)?;
         agreed(stream.get_ref().1.alpn_protocol(), spoken)?;
         Ok(stream)
     }
 
-    fn prepare(&self, tls: &ClientTls, spoken: Spoken) -> io::Result<(ClientConfig, ServerName<'static>)> {
+    fn prepare(&self, tls: &ClientTls, spoken: Spoken) -> io::Result<Prepared> {
         let is_mesh = tls.credential == Credential::Mesh;
         let materials = match (&tls.credential, &self.others) {
             (Credential::Mesh, _) => Some(self.mesh.clone()),
@@ -78,6 +88,7 @@ impl Connector {
             (_, None) => None,
         };
         let materials = materials.ok_or_else(|| missing("there are no such credentials"))?;
+        let begun = Begun::with(&materials);
         if is_mesh && materials.load().identity.is_none() {
             return Err(missing("mutual TLS is demanded, and this workload has no identity"));
         }
@@ -86,21 +97,22 @@ impl Connector {
         } else {
             PeerRule::Named { host: tls.host.clone(), any_of: tls.subject_alt_names.clone() }
         };
-        let verifier: Arc<dyn ServerCertVerifier> = if tls.insecure_skip_verify {
-            Arc::new(Anybody(Arc::clone(&self.provider)))
-        } else {
-            Arc::new(PeerVerifier::new(materials.clone(), Arc::clone(&self.provider), rule))
+        let verifier = (!tls.insecure_skip_verify)
+            .then(|| PeerVerifier::new(materials.clone(), Arc::clone(&self.provider), rule));
+        let judge: Arc<dyn ServerCertVerifier> = match &verifier {
+            Some(verifier) => Arc::new(verifier.clone()),
+            None => Arc::new(Anybody(Arc::clone(&self.provider))),
         };
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_safe_default_protocol_versions()
             .map_err(io::Error::other)?
             .dangerous()
-            .with_custom_certificate_verifier(verifier)
+            .with_custom_certificate_verifier(judge)
             .with_client_cert_resolver(Arc::new(Ours(materials)));
         config.resumption = Resumption::disabled();
         config.enable_sni = tls.sni.is_some();
         config.alpn_protocols = offers(is_mesh, spoken);
-        Ok((config, server_name(tls)?))
+        Ok(Prepared { config: Arc::new(config), name: server_name(tls)?, begun, verifier })
     }
 }
 
@@ -141,14 +153,18 @@ fn missing(what: &'static str) -> io::Error {
 }
 
 impl Originate for Connector {
-    fn originate(&self, stream: TcpStream, tls: &ClientTls, spoken: Spoken) -> Connecting {
+    fn originate(&self, stream: TcpStream, tls: &ClientTls, spoken: Spoken) -> Originating {
         let prepared = self.prepare(tls, spoken);
+        let (met, tls) = (Arc::clone(&self.met), tls.clone());
         Box::pin(async move {
-            let (config, name) = prepared?;
-            let stream =
-                TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(in_words)?;
-            agreed(stream.get_ref().1.alpn_protocol(), spoken)?;
-            Ok(Box::new(stream) as Box<dyn Io>)
+            let Prepared { config, name, begun, verifier } = prepared?;
+            let stream = TlsConnector::from(config).connect(name, stream).await.map_err(in_words)?;
+            let connection = stream.get_ref().1;
+            agreed(connection.alpn_protocol(), spoken)?;
+            let shown = connection.peer_certificates().unwrap_or_default();
+            let chain = shown.iter().map(|certificate| certificate.clone().into_owned()).collect();
+            let standing = met.meet(begun, &tls, chain, verifier);
+            Ok(Originated { io: Box::new(stream), standing: Some(standing) })
         })
     }
 }

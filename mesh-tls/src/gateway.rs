@@ -12,7 +12,8 @@
 //!
 //! **Clients.** MUTUAL and OPTIONAL_MUTUAL ask for a chain of the server's own authorities, with the names and hashes that
 //! are configured ([`PeerRule::Chain`]): a certificate without a SPIFFE ID is one of nobody, and lets in. ISTIO_MUTUAL is
-//! the mesh's own mutual TLS. Sessions are never resumed, so a client that comes back is judged again.
+//! the mesh's own mutual TLS. Sessions are never resumed, so a client that comes back is judged again; so is one whose
+//! connection is open when its authorities change, or its server asks for something else (D9).
 //!
 //! [`Servers::of`]: mesh_core::Servers::of
 
@@ -20,11 +21,14 @@ mod suites;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
-use mesh_core::server::{DownstreamTls, Terminate, Terminated};
+use mesh_core::server::{DownstreamTls, Judge, Terminate, Terminated};
 use mesh_core::{
     ClientCertificate, ConnInfo, Credential, GatewayServer, ListenerSet, Pinned, Prefixed, ServerTls, Slot,
     TlsVersion,
@@ -34,6 +38,7 @@ use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{ServerConfig, SignatureAlgorithm, SupportedProtocolVersion};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
@@ -70,8 +75,14 @@ struct Prepared {
 struct Server {
     config: Arc<ServerConfig>,
     shown: Arc<Shown>,
-    asks: bool,
+    asks: ClientCertificate,
+    verifier: Arc<PeerVerifier>,
+    /// No other has the same.
+    number: u64,
 }
+
+/// How many servers have been made in this process.
+static MADE: AtomicU64 = AtomicU64::new(0);
 
 impl GatewayTls {
     /// Ends TLS for the servers of `listeners`: with the identity and authorities of `mesh` where they say ISTIO_MUTUAL,
@@ -119,21 +130,50 @@ impl GatewayTls {
         info: &ConnInfo,
         snapshot: Option<&Pinned>,
         sni: Option<&str>,
-    ) -> io::Result<Arc<Server>> {
+    ) -> Result<Arc<Server>, String> {
         let found = self.find(info, snapshot, sni);
         let tls = found.and_then(|server| server.tls.as_ref()).ok_or_else(|| match sni {
-            Some(sni) => refused(format!("no server answers to the name {}", sni.escape_debug())),
-            None => refused("the client asks for no name, and no server answers to all".to_owned()),
+            Some(sni) => format!("no server answers to the name {}", sni.escape_debug()),
+            None => "the client asks for no name, and no server answers to all".to_owned(),
         })?;
+        match self.shared.prepared.load().get(tls).map(|known| &known.server) {
+            Some(Ok(server)) => Ok(Arc::clone(server)),
+            Some(Err(reason)) => Err(reason.to_string()),
+            None => Err("the server was not prepared".to_owned()),
+        }
+    }
+}
+
+impl Judge for GatewayTls {
+    /// A server that is gone, or asks for another client than it did, lets nobody stay whom it would not let in. A
+    /// certificate of its own that is missing concerns the next handshake alone.
+    fn judge(&self, info: &ConnInfo, snapshot: Option<&Pinned>) -> Result<(), String> {
+        let server = self.server(info, snapshot, info.sni.as_deref())?;
+        match (server.asks, &info.identity) {
+            (ClientCertificate::Required, None) => {
+                Err("it showed no certificate, and one is demanded now".to_owned())
+            }
+            (ClientCertificate::None, _) | (ClientCertificate::Optional, None) => Ok(()),
+            (_, Some(peer)) => server
+                .verifier
+                .judge_client_again(&peer.chain, SystemTime::now())
+                .map_err(|refusal| refusal.to_string()),
+        }
+    }
+
+    fn generation(&self, info: &ConnInfo, snapshot: Option<&Pinned>) -> u64 {
+        let server = self.server(info, snapshot, info.sni.as_deref()).ok();
+        let asked = server.as_ref().filter(|_| info.identity.is_some());
+        let trust =
+            asked.and_then(|server| Some((server.number, server.shown.0.first()?.1.trust_generation())));
+        trust.map_or(0, |trust| BuildHasherDefault::<DefaultHasher>::default().hash_one(trust))
+    }
+
+    fn changes(&self) -> Vec<watch::Receiver<u64>> {
         let prepared = self.shared.prepared.load();
-        let server = match prepared.get(tls).map(|known| &known.server) {
-            Some(Ok(server)) => Arc::clone(server),
-            Some(Err(reason)) => return Err(refused(reason.to_string())),
-            None => return Err(refused("the server was not prepared".to_owned())),
-        };
-        drop(prepared);
-        server.is_ready().map_err(refused)?;
-        Ok(server)
+        let asking = prepared.values().filter_map(|known| known.server.as_ref().ok());
+        let asking = asking.filter(|server| server.asks != ClientCertificate::None);
+        asking.filter_map(|server| server.shown.0.first()).map(|(_, own)| own.trust_changes()).collect()
     }
 }
 
@@ -156,7 +196,8 @@ impl Terminate for GatewayTls {
     ) -> io::Result<Terminated<Self::Io>> {
         let hello =
             LazyConfigAcceptor::new(rustls::server::Acceptor::default(), io).await.map_err(in_words)?;
-        let server = self.server(info, snapshot, hello.client_hello().server_name())?;
+        let server = self.server(info, snapshot, hello.client_hello().server_name()).map_err(refused)?;
+        server.is_ready().map_err(refused)?;
         let io = hello.into_stream(Arc::clone(&server.config)).await.map_err(in_words)?;
         let own = server.shown.0.first().map(|(_, materials)| materials);
         let Secured { io, peer, protocol, sni } = secured(io, &self.shared.provider, own)?;
@@ -208,13 +249,16 @@ impl Shared {
             PeerRule::Chain { any_of: tls.subject_alt_names.clone(), pins }
         };
         let verifier = PeerVerifier::new(authorities, Arc::clone(&self.provider), rule);
+        let is_optional = tls.client_certificate == ClientCertificate::Optional;
+        let verifier = Arc::new(if is_optional { verifier.optional() } else { verifier });
         let builder = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&versions)
             .map_err(|error| error.to_string())?;
         let builder = match tls.client_certificate {
             ClientCertificate::None => builder.with_no_client_auth(),
-            ClientCertificate::Optional => builder.with_client_cert_verifier(Arc::new(verifier.optional())),
-            ClientCertificate::Required => builder.with_client_cert_verifier(Arc::new(verifier)),
+            ClientCertificate::Optional | ClientCertificate::Required => {
+                builder.with_client_cert_verifier(Arc::clone(&verifier) as _)
+            }
         };
         let shown = Arc::new(Shown(shown));
         let mut config = builder.with_cert_resolver(Arc::clone(&shown) as _);
@@ -228,7 +272,9 @@ impl Shared {
         Ok(Server {
             config: Arc::new(config),
             shown,
-            asks: tls.client_certificate != ClientCertificate::None,
+            asks: tls.client_certificate,
+            verifier,
+            number: MADE.fetch_add(1, Ordering::Relaxed),
         })
     }
 }
@@ -261,7 +307,7 @@ impl Server {
             let names: Vec<_> = self.shown.0.iter().map(|(credential, _)| named(credential)).collect();
             return Err(format!("there is no certificate: {} is missing or broken", names.join(", ")));
         }
-        if self.asks && authorities.load().bundle.roots().is_empty() {
+        if self.asks != ClientCertificate::None && authorities.load().bundle.roots().is_empty() {
             return Err(format!("{} has no authorities for the certificates of clients", named(first)));
         }
         Ok(())

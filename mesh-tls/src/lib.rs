@@ -17,6 +17,7 @@ pub mod istio_ca;
 pub mod rotate;
 mod secret;
 pub mod source;
+mod standing;
 pub mod verifier;
 pub mod xfcc;
 

@@ -4,12 +4,17 @@
 //! believe. It lives in a [`Materials`], which whoever rotates it swaps as a whole; a handshake reads it once, when it
 //! needs it. So a rotation rebuilds no configuration of rustls, new connections have the new certificate, and old ones
 //! live on. There is no session to resume, so nothing verified under an old bundle is believed under a new one.
+//!
+//! A change of *trust* is another thing than a renewed certificate: other authorities, revocations, or trust domains, or
+//! another name of our own. It is counted by itself ([`Materials::trust_generation`]), and makes open connections be
+//! judged again; a certificate that is renewed every minute does not.
 
 #[cfg(feature = "files")]
 mod files;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
@@ -52,6 +57,9 @@ struct Shared {
     now: ArcSwap<Material>,
     trust_domains: ArcSwap<Vec<String>>,
     generation: watch::Sender<u64>,
+    /// How often trust changed, read without a lock, and told.
+    trust: AtomicU64,
+    trusted: watch::Sender<u64>,
 }
 
 /// Where certificates come from.
@@ -153,6 +161,8 @@ impl Materials {
             trust_domains: ArcSwap::from_pointee(own.into_iter().collect()),
             now: ArcSwap::from_pointee(material),
             generation: watch::Sender::new(1),
+            trust: AtomicU64::new(1),
+            trusted: watch::Sender::new(1),
         }))
     }
 
@@ -166,7 +176,7 @@ impl Materials {
     pub fn set_trust_domains(&self, trust_domains: Vec<String>) {
         if **self.0.trust_domains.load() != trust_domains {
             self.0.trust_domains.store(Arc::new(trust_domains));
-            self.0.generation.send_modify(|generation| *generation += 1);
+            self.changed(true);
         }
     }
 
@@ -184,8 +194,37 @@ impl Materials {
 
     /// Gives handshakes from now on something else.
     pub fn store(&self, material: Material) {
-        self.0.now.store(Arc::new(material));
+        let next = Arc::new(material);
+        let before = self.0.now.swap(Arc::clone(&next));
+        let is_same = Arc::ptr_eq(&before.bundle, &next.bundle) || before.bundle.is_same(&next.bundle);
+        let name = |material: &Material| material.identity.as_ref()?.spiffe_id().cloned();
+        self.changed(!is_same || name(&before) != name(&next));
+    }
+
+    fn changed(&self, trust: bool) {
+        if trust {
+            // The number first: whoever is told finds it changed.
+            let generation = self.0.trust.fetch_add(1, Ordering::AcqRel) + 1;
+            self.0.trusted.send_modify(|told| *told = (*told).max(generation));
+        }
         self.0.generation.send_modify(|generation| *generation += 1);
+    }
+
+    /// Whether both are the same, not only alike.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// How often trust changed, beginning with 1: authorities, revocations, trust domains, our own name. One atomic read.
+    #[must_use]
+    pub fn trust_generation(&self) -> u64 {
+        self.0.trust.load(Ordering::Acquire)
+    }
+
+    /// Hears of changes of trust.
+    #[must_use]
+    pub fn trust_changes(&self) -> watch::Receiver<u64> {
+        self.0.trusted.subscribe()
     }
 
     /// How often it changed, beginning with 1.

@@ -14,6 +14,7 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use mesh_core::identity::SpiffeId;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -135,6 +136,36 @@ impl PeerVerifier {
     pub fn optional(mut self) -> Self {
         self.optional = true;
         self
+    }
+
+    /// Whether a client whose certificates, its own first, were taken once would be taken now. That they have ended since
+    /// does not count: they are judged as of `now` or the last moment of the first of them, whichever is earlier.
+    ///
+    /// # Errors
+    /// When they would not.
+    pub fn judge_client_again<C: AsRef<[u8]>>(&self, chain: &[C], now: SystemTime) -> Result<(), Refusal> {
+        self.judge_again(chain, now, KeyUsage::client_auth())
+    }
+
+    /// [`judge_client_again`](Self::judge_client_again), of a server.
+    ///
+    /// # Errors
+    /// When they would not.
+    pub fn judge_server_again<C: AsRef<[u8]>>(&self, chain: &[C], now: SystemTime) -> Result<(), Refusal> {
+        self.judge_again(chain, now, KeyUsage::server_auth())
+    }
+
+    fn judge_again<C: AsRef<[u8]>>(
+        &self,
+        chain: &[C],
+        now: SystemTime,
+        usage: KeyUsage,
+    ) -> Result<(), Refusal> {
+        let chain: Vec<_> = chain.iter().map(|der| CertificateDer::from(der.as_ref())).collect();
+        let (own, intermediates) = chain.split_first().ok_or(Refusal::Malformed)?;
+        let leaf = Leaf::read(own).map_err(|_| Refusal::Malformed)?;
+        let at = now.min(leaf.not_after).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.judge(own, intermediates, UnixTime::since_unix_epoch(at), usage)
     }
 
     /// Judges a chain as of `now`.

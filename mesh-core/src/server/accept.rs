@@ -25,6 +25,7 @@ use super::connection::{Connection, Loaded, Loads, Permits};
 use super::edge::{Edge, HttpStack};
 use super::limits::ServerLimits;
 use super::serve::{Drive, Protocol};
+use super::trust::OpenConnections;
 use crate::conn::ConnInfo;
 use crate::drain::{Accepting, Drain, Phase};
 use crate::listener::{Destination, ListenerProtocol, ListenerSpec, Open, OwnAddresses, Stats, destination};
@@ -37,6 +38,13 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 pub trait ConnHandler<S: HttpStack>: Send + Sync + 'static {
     /// Serves the connection to its end, on a task of its own. Its time counts as a connection that is open.
     fn handle(&self, accepted: Accepted<S>) -> impl Future<Output = ()> + Send + 'static;
+
+    /// Looks after the connections that are open, on a task of its own, for as long as the listener lives. Default not at
+    /// all.
+    fn look_after(&self, open: OpenConnections) -> impl Future<Output = ()> + Send + 'static {
+        drop(open);
+        std::future::ready(())
+    }
 }
 
 /// Serves every connection as HTTP, in the clear.
@@ -151,6 +159,11 @@ pub(crate) struct HttpEdge<S> {
 }
 
 impl<S: HttpStack> HttpEdge<S> {
+    /// The worker's snapshot now.
+    pub(crate) fn snapshot(&self) -> Option<Pinned> {
+        self.edge.pinned()
+    }
+
     pub(crate) fn drive<T>(self, connection: Arc<Connection>, io: T) -> Drive<S, T>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -226,6 +239,7 @@ pub(crate) struct Acceptor<S, H> {
     pub(crate) worker: usize,
     /// `None` when there is only one worker.
     pub(crate) loads: Option<Arc<Loads>>,
+    pub(crate) snapshots: Option<Snapshots>,
     /// The same listener on every worker, by index.
     pub(crate) peers: Arc<[UnboundedSender<Passed>]>,
 }
@@ -238,6 +252,7 @@ impl<S: HttpStack, H: ConnHandler<S>> Acceptor<S, H> {
         mut passed: UnboundedReceiver<Passed>,
         accepting: Vec<Accepting>,
     ) {
+        tokio::spawn(self.handler.look_after(OpenConnections::of(&self.edge, self.snapshots.clone())));
         let mut own = self.shared.drain.subscribe();
         // Without a process to drain, a channel that never changes stands in.
         let serving = watch::Sender::new(Phase::Serving);

@@ -9,7 +9,7 @@
 //! tunnel keeps its connection counted after HTTP has let go of it.
 
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::Waker;
 
@@ -31,11 +31,30 @@ pub(crate) struct Connection {
     requests: AtomicU32,
     reading_head: AtomicBool,
     phase: AtomicU8,
+    trust: AtomicU8,
+    /// The round of judgement when it was accepted.
+    round: usize,
+    /// By what its peer was judged last.
+    judged: AtomicU64,
     driver: Mutex<Option<Waker>>,
     cut: Notify,
     registry: Arc<Connections>,
     seat: usize,
     permits: Permits,
+}
+
+/// What is thought of a connection's peer. Only ever goes up.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+enum Trust {
+    /// It is not known yet who it is, or nobody asks.
+    Unasked,
+    /// It was let in, and speaks HTTP.
+    LetIn,
+    /// It was let in, and what it speaks is not known: it has no end but its own.
+    LetInAsBytes,
+    /// It would not be let in again.
+    Distrusted,
 }
 
 /// What is given back when a connection is gone.
@@ -49,6 +68,7 @@ pub(crate) struct Permits {
 impl Connection {
     pub(crate) fn new(info: ConnInfo, registry: &Arc<Connections>, permits: Permits) -> Arc<Self> {
         let phase = registry.phase();
+        let round = registry.round.load(Ordering::SeqCst);
         let seat = registry.take_seat();
         let connection = Arc::new(Self {
             accepted: Arc::new(info),
@@ -58,6 +78,9 @@ impl Connection {
             requests: AtomicU32::new(0),
             reading_head: AtomicBool::new(false),
             phase: AtomicU8::new(phase as u8),
+            trust: AtomicU8::new(Trust::Unasked as u8),
+            round,
+            judged: AtomicU64::new(0),
             driver: Mutex::default(),
             cut: Notify::new(),
             registry: Arc::clone(registry),
@@ -78,6 +101,37 @@ impl Connection {
     pub(crate) fn secure(&self, info: ConnInfo) {
         // There is one handshake; a second one would be told of nothing.
         let _ = self.secured.set(Arc::new(info));
+    }
+
+    /// Says that its peer was let in, by what was trusted at the beginning of the connection or later. True when trust may
+    /// have changed since: then nobody but the caller judges it by what is trusted now.
+    #[must_use]
+    pub(crate) fn let_in(&self, as_bytes: bool) -> bool {
+        let trust = if as_bytes { Trust::LetInAsBytes } else { Trust::LetIn };
+        self.trust.fetch_max(trust as u8, Ordering::SeqCst);
+        self.registry.round.load(Ordering::SeqCst) != self.round
+    }
+
+    /// Whether its peer was let in, and is trusted still.
+    pub(crate) fn is_let_in(&self) -> bool {
+        let trust = self.trust.load(Ordering::SeqCst);
+        trust == Trust::LetIn as u8 || trust == Trust::LetInAsBytes as u8
+    }
+
+    /// Whether its peer was not judged by this yet, which from now on it is. By 0 it never was.
+    pub(crate) fn is_news(&self, generation: u64) -> bool {
+        self.judged.swap(generation, Ordering::Relaxed) != generation || generation == 0
+    }
+
+    /// Whether its peer would not be let in again.
+    pub(crate) fn is_distrusted(&self) -> bool {
+        self.trust.load(Ordering::Relaxed) == Trust::Distrusted as u8
+    }
+
+    /// Serves no request any more, and closes.
+    pub(crate) fn distrust(&self) {
+        let before = self.trust.swap(Trust::Distrusted as u8, Ordering::SeqCst);
+        self.tell(if before == Trust::LetInAsBytes as u8 { Phase::Cut } else { Phase::Closing });
     }
 
     /// What is counted of its listener.
@@ -189,6 +243,8 @@ impl Drop for InFlight {
 #[derive(Debug, Default)]
 pub(crate) struct Connections {
     phase: AtomicU8,
+    /// How often the peers of open connections were judged again.
+    round: AtomicUsize,
     seats: Mutex<Seats>,
 }
 
@@ -211,6 +267,13 @@ impl Connections {
         for connection in open {
             connection.tell(phase);
         }
+    }
+
+    /// Begins a round of judgement: whoever is let in from here on was judged by what is trusted now, or finds out that a
+    /// round has begun. The connections that are to be judged in it.
+    pub(crate) fn begin_round(&self) -> Vec<Weak<Connection>> {
+        self.round.fetch_add(1, Ordering::SeqCst);
+        self.seats().taken.clone()
     }
 
     fn take_seat(&self) -> usize {

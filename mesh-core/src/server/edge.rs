@@ -148,7 +148,13 @@ impl<S: HttpStack> hyper::service::Service<Request<Incoming>> for EdgeService<S>
         let context = RequestContext::on_connection(in_flight, pinned, crate::clock::now());
         let version = request.version();
         let head = request.method() == Method::HEAD;
-        let refused = version == Version::HTTP_2 && request.headers().len() > self.edge.limits.max_fields;
+        let refused = if self.connection.is_distrusted() {
+            Some(Refused::Peer)
+        } else if version == Version::HTTP_2 && request.headers().len() > self.edge.limits.max_fields {
+            Some(Refused::Fields)
+        } else {
+            None
+        };
 
         let mut request = request.map(|incoming| match Body::from_incoming(incoming, Side::Downstream) {
             body if body.is_end_stream() => body,
@@ -156,7 +162,7 @@ impl<S: HttpStack> hyper::service::Service<Request<Incoming>> for EdgeService<S>
         });
         request.extensions_mut().insert(context.clone());
         ResponseFuture {
-            state: if refused { State::Refused } else { State::Arrived(Some(request)) },
+            state: refused.map_or(State::Arrived(Some(request)), State::Refused),
             edge: Arc::clone(&self.edge),
             context,
             version,
@@ -183,8 +189,15 @@ enum State<S: HttpStack> {
     Arrived(Option<Request<Body>>),
     Waiting(S, Option<Request<Body>>),
     Running(#[pin] S::Future),
-    Refused,
+    Refused(Refused),
     Panicked,
+}
+
+/// Why a request does not come to the stack.
+#[derive(Clone, Copy)]
+enum Refused {
+    Fields,
+    Peer,
 }
 
 impl<S: HttpStack> Future for ResponseFuture<S> {
@@ -215,7 +228,7 @@ impl<S: HttpStack> Future for ResponseFuture<S> {
                     Ok(Poll::Pending) => return Poll::Pending,
                     Err(panicked) => Err(panicked),
                 },
-                StateProj::Refused => break local_reply::reply(this.context, too_many_fields()),
+                StateProj::Refused(why) => break local_reply::reply(this.context, why.error()),
                 StateProj::Panicked => break local_reply::reply(this.context, panic_error()),
             };
             let next = next.unwrap_or(State::Panicked);
@@ -266,13 +279,22 @@ fn length(response: &Response<Body>) -> Option<u64> {
         .or_else(|| response.headers().get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok())
 }
 
-fn too_many_fields() -> Error {
-    Error::new(
-        ErrorKind::BadRequest,
-        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-        ResponseFlags::DOWNSTREAM_PROTOCOL_ERROR,
-        "http2.too_many_headers",
-    )
+impl Refused {
+    fn error(self) -> Error {
+        match self {
+            Self::Fields => Error::new(
+                ErrorKind::BadRequest,
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                ResponseFlags::DOWNSTREAM_PROTOCOL_ERROR,
+                "http2.too_many_headers",
+            ),
+            Self::Peer => Error::local_reply(
+                StatusCode::FORBIDDEN,
+                ResponseFlags::NONE,
+                "downstream_peer_no_longer_trusted",
+            ),
+        }
+    }
 }
 
 #[pinned_drop]

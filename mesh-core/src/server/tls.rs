@@ -28,6 +28,7 @@ use super::edge::HttpStack;
 use super::l4::{Expect, L4, L4Conn, look};
 use super::limits::ServerLimits;
 use super::serve::Protocol;
+use super::trust::{Judge, OpenConnections, judge_one};
 use crate::conn::ConnInfo;
 use crate::identity::PeerInfo;
 use crate::listener::Stats;
@@ -47,8 +48,9 @@ pub enum DownstreamTls {
     Strict,
 }
 
-/// Ends TLS. The seam between listeners and a TLS library.
-pub trait Terminate: Send + Sync + 'static {
+/// Ends TLS. The seam between listeners and a TLS library. As a [`Judge`] it judges again whom it let in, and those who
+/// speak plaintext where it asked for no TLS.
+pub trait Terminate: Judge {
     /// The transport after a handshake.
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
@@ -129,24 +131,27 @@ impl<S: HttpStack, T: Terminate, L: L4> ConnHandler<S> for WithTls<T, L> {
         let (tls, beside) = (Arc::clone(&self.tls), self.beside.clone());
         async move {
             let (mut stream, open) = accepted.into_parts();
-            let snapshot = open.snapshot();
-            let mode = tls.expect(open.info(), snapshot.as_ref());
-            if mode == DownstreamTls::Disable {
-                drop(snapshot);
-                return open.drive(Prefixed::new(Bytes::new(), stream), None).await;
-            }
             let limits = open.limits().clone();
             let (connection, edge) = open.into_connection();
+            let snapshot = edge.snapshot();
+            let mode = tls.expect(connection.info(), snapshot.as_ref());
+            if mode == DownstreamTls::Disable {
+                drop(snapshot);
+                let_in(&*tls, &connection, || edge.snapshot());
+                return edge.drive(connection, Prefixed::new(Bytes::new(), stream)).await;
+            }
             // Boxed, like the handshake, so that a connection does not carry it along for its life.
             let found = Box::pin(look(&mut stream, &connection, None, &limits)).await;
             let Some((sniffed, prefix)) = found else { return };
             let io = Prefixed::new(prefix, stream);
-            let Sniffed::Tls(name) = sniffed else {
-                drop(snapshot);
-                if mode == DownstreamTls::Permissive {
+            let name = match Beginning::of(mode, sniffed) {
+                Beginning::Tls(name) => name,
+                Beginning::Plaintext => {
+                    drop(snapshot);
+                    let_in(&*tls, &connection, || edge.snapshot());
                     return edge.drive(connection, io).await;
                 }
-                return refuse_plaintext(&connection, &io);
+                Beginning::Refused => return refuse_plaintext(&connection, &io),
             };
             if let Some(l4) = beside
                 && tls.passes_on(connection.info(), snapshot.as_ref(), name.as_deref())
@@ -157,8 +162,42 @@ impl<S: HttpStack, T: Terminate, L: L4> ConnHandler<S> for WithTls<T, L> {
             let done = Box::pin(shake_hands(&*tls, io, &connection, snapshot, &limits)).await;
             let Some(Terminated { io, protocol, sni, identity }) = done else { return };
             connection.secure(ConnInfo { tls: true, sni, identity, ..ConnInfo::clone(connection.info()) });
+            let_in(&*tls, &connection, || edge.snapshot());
             edge.speaking(protocol).drive(connection, io).await;
         }
+    }
+
+    fn look_after(&self, open: OpenConnections) -> impl Future<Output = ()> + Send + 'static {
+        open.judge_by(Arc::clone(&self.tls))
+    }
+}
+
+/// What becomes of a connection by its first bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Beginning {
+    /// TLS is ended, or passed on by this name.
+    Tls(Option<Box<str>>),
+    /// It is served as it is.
+    Plaintext,
+    /// It is plaintext where TLS is demanded.
+    Refused,
+}
+
+impl Beginning {
+    fn of(mode: DownstreamTls, sniffed: Sniffed) -> Self {
+        match (sniffed, mode) {
+            (_, DownstreamTls::Disable) => Self::Plaintext,
+            (Sniffed::Tls(name), _) => Self::Tls(name),
+            (_, DownstreamTls::Permissive) => Self::Plaintext,
+            (_, DownstreamTls::Strict) => Self::Refused,
+        }
+    }
+}
+
+/// Lets the peer in. What was trusted when it came is not always what is trusted now.
+fn let_in(judge: &impl Judge, connection: &Arc<Connection>, snapshot: impl FnOnce() -> Option<Pinned>) {
+    if connection.let_in(false) {
+        judge_one(judge, connection, snapshot().as_ref());
     }
 }
 
@@ -215,5 +254,169 @@ impl Handshake {
 impl Drop for Handshake {
     fn drop(&mut self) {
         self.0.handshakes.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use rand::rngs::SmallRng;
+    use rand::{RngExt as _, SeedableRng as _};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+    use crate::conn::Direction;
+    use crate::drain::Drain;
+    use crate::server::connection::{Connections, Permits};
+    use crate::sniff;
+
+    const SEED: u64 = 0xd5;
+
+    /// How long who waits for its server is waited for.
+    const PATIENCE: Duration = Duration::from_secs(5);
+
+    /// What a client does.
+    struct Case {
+        what: &'static str,
+        says: Vec<u8>,
+        /// Whether it says no more and closes its half.
+        closes: bool,
+        /// What it is taken for; `None` when the connection is over.
+        taken_for: Option<Beginning>,
+        /// Whether only time decides.
+        waits: bool,
+        /// Whether it says a byte a second.
+        is_slow: bool,
+    }
+
+    fn noise(rng: &mut SmallRng, most: usize) -> Vec<u8> {
+        (0..rng.random_range(1..most)).map(|_| rng.random_range(b'a'..=b'z')).collect()
+    }
+
+    fn case(kind: usize, mode: DownstreamTls, rng: &mut SmallRng) -> Case {
+        let plaintext = Some(Beginning::of(mode, Sniffed::Other));
+        let of = |what, says: Vec<u8>, taken_for| Case {
+            what,
+            says,
+            closes: false,
+            taken_for,
+            waits: false,
+            is_slow: false,
+        };
+        match kind {
+            0 => {
+                let path = String::from_utf8(noise(rng, 600)).unwrap();
+                let method = ["GET", "POST", "OPTIONS", "DELETE", "PATCH", "HEAD"][rng.random_range(0..6)];
+                of(
+                    "HTTP/1.1",
+                    format!("{method} /{path} HTTP/1.1\r\nhost: a\r\n\r\n").into_bytes(),
+                    plaintext,
+                )
+            }
+            1 => {
+                let mut says = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+                says.extend(noise(rng, 200));
+                of("HTTP/2", says, plaintext)
+            }
+            2 => {
+                let name = format!("{}.example.com", String::from_utf8(noise(rng, 40)).unwrap());
+                let size = rng.random_range(1..400);
+                let says = sniff::tests::client_hello(&name, size);
+                of("TLS for a foreign name", says, Some(Beginning::Tls(Some(name.into()))))
+            }
+            3 => Case { waits: true, ..of("a client whose server speaks first", Vec::new(), plaintext) },
+            4 => Case { closes: true, ..of("nothing at all", Vec::new(), None) },
+            // Five of its bytes do not say yet that they begin a ClientHello, nor whom it asks for.
+            5 => Case {
+                waits: true,
+                is_slow: true,
+                ..of("TLS, a byte a second", sniff::tests::client_hello("a", 40), Some(Beginning::Tls(None)))
+            },
+            // What is neither, with a first byte that begins no method and no record.
+            _ => {
+                let mut says = vec![*[0, 1, 0x05, 0x80, 0xff].get(rng.random_range(0..5)).unwrap()];
+                says.extend(noise(rng, 100));
+                of("a protocol that nobody knows", says, plaintext)
+            }
+        }
+    }
+
+    /// PERMISSIVE and STRICT over one port: ten thousand beginnings, whole, in pieces and byte by byte.
+    #[tokio::test(start_paused = true)]
+    async fn d5_ten_thousand_beginnings_are_told_apart() {
+        const CASES: usize = 10_000;
+        let mut rng = SmallRng::seed_from_u64(SEED);
+        let mut wrong = Vec::new();
+        for number in 0..CASES {
+            let mode = [DownstreamTls::Permissive, DownstreamTls::Strict][usize::from(number % 10 == 9)];
+            let Case { what, says, closes, taken_for, waits, is_slow } = case(number % 7, mode, &mut rng);
+            let piece = match rng.random_range(0..3) {
+                _ if is_slow => 1,
+                0 => 1,
+                1 => rng.random_range(1..=says.len().max(1)),
+                _ => says.len().max(1),
+            };
+            let (client, mut io) = tokio::io::duplex(1 << 16);
+            let permits = Permits {
+                open: Arc::new(Stats::default()).open(1).unwrap(),
+                _load: None,
+                _tokens: (None, Drain::new().token()),
+            };
+            let connection = Connection::new(
+                ConnInfo::unknown(Direction::Inbound),
+                &Arc::new(Connections::default()),
+                permits,
+            );
+            let sent = says.clone();
+            let speaking = tokio::spawn(async move {
+                let (mut read, mut write) = tokio::io::split(client);
+                // In time, however small its pieces.
+                let pieces = u32::try_from(sent.len() / piece + 1).unwrap();
+                let pause = if is_slow { Duration::from_secs(1) } else { Duration::from_secs(4) / pieces };
+                for piece in sent.chunks(piece) {
+                    write.write_all(piece).await.unwrap();
+                    tokio::time::sleep(pause).await;
+                }
+                if closes {
+                    write.shutdown().await.unwrap();
+                }
+                // Until the other side is done.
+                read.read_to_end(&mut Vec::new()).await.unwrap();
+            });
+            let begun = tokio::time::Instant::now();
+            let found = look(&mut io, &connection, Some(PATIENCE), &ServerLimits::default()).await;
+            let took = begun.elapsed();
+            let (taken, mut read) = match found {
+                None => (None, Vec::new()),
+                Some((sniffed, read)) => (Some(Beginning::of(mode, sniffed)), read.to_vec()),
+            };
+            // Whoever goes on with the connection gets every byte of it.
+            let mut rest = vec![0; says.len() - read.len()];
+            io.read_exact(&mut rest).await.unwrap();
+            read.extend(rest);
+            let in_time = if waits { took.as_secs() == PATIENCE.as_secs() } else { took < PATIENCE };
+            if taken != taken_for || read != says || !in_time {
+                wrong.push((number, what, mode, piece, taken, took));
+            }
+            drop(io);
+            speaking.await.unwrap();
+        }
+        assert!(wrong.is_empty(), "seed {SEED:#x}: {} of {CASES}: {:?}", wrong.len(), wrong.first());
+    }
+
+    #[test]
+    fn pa_01_what_is_asked_of_a_connection_and_what_it_says_decide_what_it_is() {
+        let tls = || Sniffed::Tls(Some("a".into()));
+        for (mode, of_tls, of_rest) in [
+            (DownstreamTls::Disable, Beginning::Plaintext, Beginning::Plaintext),
+            (DownstreamTls::Permissive, Beginning::Tls(Some("a".into())), Beginning::Plaintext),
+            (DownstreamTls::Strict, Beginning::Tls(Some("a".into())), Beginning::Refused),
+        ] {
+            assert_eq!(Beginning::of(mode, tls()), of_tls);
+            for rest in [Sniffed::Http1, Sniffed::Http2, Sniffed::Other] {
+                assert_eq!(Beginning::of(mode, rest), of_rest);
+            }
+        }
     }
 }

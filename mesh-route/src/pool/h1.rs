@@ -20,7 +20,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1};
 use hyper_util::rt::TokioIo;
-use mesh_core::{Body, Error, Spoken};
+use mesh_core::{Body, Error, Spoken, Standing};
 use tokio::sync::{Notify, oneshot};
 
 use self::handle::Handle;
@@ -76,6 +76,11 @@ pub(crate) struct Lease {
 }
 
 impl Pool {
+    /// Adds what its idle connections stand on, and is not judged by what is trusted now.
+    pub(crate) fn unjudged(&self, found: &mut Vec<Arc<dyn Standing>>) {
+        found.extend(self.idle.iter().filter_map(|idle| idle.conn.meta.unjudged()));
+    }
+
     /// Moves expired connections out; whether the pool is still needed.
     pub(crate) fn sweep(&mut self, now: Instant, expired: &mut Vec<Idle>) -> bool {
         expired.extend(self.idle.extract_if(.., |idle| !idle.is_usable(now)));
@@ -240,10 +245,10 @@ impl Lease {
         endpoint: &Arc<Endpoint>,
         opened: Opened,
     ) -> Result<Self, Error> {
-        let (stream, local) = open(shard, &endpoint.target(Spoken::Http1), settings).await?;
+        let made = open(shard, &endpoint.target(Spoken::Http1), settings).await?;
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(BUFFER)
-            .handshake(TokioIo::new(stream))
+            .handshake(TokioIo::new(made.stream))
             .await
             .map_err(upstream_error)?;
         let (handle, end) = Handle::new(sender);
@@ -254,7 +259,7 @@ impl Lease {
             drop(opened);
         });
         shard.sweep();
-        let conn = Conn { handle, meta: ConnMeta::new(local, endpoint, settings) };
+        let conn = Conn { handle, meta: ConnMeta::new(made.local, made.standing, endpoint, settings) };
         Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) })
     }
 

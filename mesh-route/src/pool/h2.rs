@@ -14,14 +14,14 @@ use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_core::clock::NEVER;
-use mesh_core::{Body, Error, Spoken};
+use mesh_core::{Body, Error, Spoken, Standing};
 use tokio::sync::Notify;
 
 use self::settings::Watched;
 use super::dial::made;
 use super::{ConnMeta, Dial, Handed, Slot, again, pending, upstream_error};
 use crate::cluster::{Cluster, PoolSettings};
-use crate::connect::open;
+use crate::connect::{Opened, open};
 use crate::endpoint::Endpoint;
 use crate::runtime::ClusterRuntime;
 use crate::shard::Shard;
@@ -78,6 +78,11 @@ impl Drop for Stream {
 }
 
 impl Pool {
+    /// Adds what its connections stand on, and is not judged by what is trusted now.
+    pub(crate) fn unjudged(&self, found: &mut Vec<Arc<dyn Standing>>) {
+        found.extend(self.conns.iter().filter_map(|conn| conn.meta.unjudged()));
+    }
+
     /// Moves connections out that have been idle for too long; whether the pool is still needed.
     pub(crate) fn sweep(&mut self, now: Instant, expired: &mut Vec<Conn>) -> bool {
         expired.extend(self.conns.extract_if(.., |conn| {
@@ -225,7 +230,8 @@ impl Lease {
         endpoint: &Arc<Endpoint>,
         slot: Slot,
     ) -> Result<Conn, Error> {
-        let (stream, local) = open(shard, &endpoint.target(Spoken::Http2), settings).await?;
+        let Opened { stream, local, standing } =
+            open(shard, &endpoint.target(Spoken::Http2), settings).await?;
         let allowed = Arc::new(AtomicU32::new(u32::MAX));
         let changed = Arc::clone(&shard.lock().h2.entry(endpoint.id()).or_default().changed);
         let stream = Watched::new(stream, slot, Arc::clone(&allowed), changed);
@@ -260,7 +266,7 @@ impl Lease {
             streams: Arc::default(),
             max_streams: settings.max_concurrent_streams.max(1),
             allowed,
-            meta: ConnMeta::new(local, endpoint, settings),
+            meta: ConnMeta::new(local, standing, endpoint, settings),
             idle_since: mesh_core::clock::now(),
         })
     }

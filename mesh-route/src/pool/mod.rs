@@ -6,6 +6,9 @@
 //! A request that meets a connection which died while idle is recovered from hyper's `TrySendError`: it was provably
 //! not written, so it goes to another connection. A request that may have been written never does.
 //!
+//! A connection whose server would not be trusted any more takes no other request: what is trusted is compared as one
+//! number, and where it changed the sweep judges the connections that are idle, so that few requests do.
+//!
 //! A connection that is being made outlives the request that began it: when that one is late or served otherwise, it is
 //! made for the next. Else an endpoint that takes longer to connect to than a request has would never be connected to.
 
@@ -21,7 +24,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use http::StatusCode;
-use mesh_core::{Error, ErrorKind, ResponseFlags};
+use mesh_core::{Error, ErrorKind, ResponseFlags, Standing};
 use pin_project::pin_project;
 
 use self::dial::Dial;
@@ -36,6 +39,7 @@ use crate::runtime::ClusterRuntime;
 pub(crate) struct ConnMeta {
     pub(crate) local: Option<SocketAddr>,
     pub(crate) endpoint: Arc<Endpoint>,
+    standing: Option<Arc<dyn Standing>>,
     pub(crate) expires: Option<Instant>,
     pub(crate) idle_timeout: Option<Duration>,
     pub(crate) max_requests: u32,
@@ -43,10 +47,16 @@ pub(crate) struct ConnMeta {
 }
 
 impl ConnMeta {
-    fn new(local: Option<SocketAddr>, endpoint: &Arc<Endpoint>, settings: &PoolSettings) -> Self {
+    fn new(
+        local: Option<SocketAddr>,
+        standing: Option<Arc<dyn Standing>>,
+        endpoint: &Arc<Endpoint>,
+        settings: &PoolSettings,
+    ) -> Self {
         Self {
             local,
             endpoint: Arc::clone(endpoint),
+            standing,
             expires: settings
                 .max_connection_duration
                 .and_then(|duration| mesh_core::clock::now().checked_add(duration)),
@@ -61,6 +71,12 @@ impl ConnMeta {
         !self.endpoint.is_retired()
             && self.served < self.max_requests
             && self.expires.is_none_or(|expires| now() < expires)
+            && self.standing.as_ref().is_none_or(|standing| standing.holds())
+    }
+
+    /// What it stands on, where that is not judged by what is trusted now.
+    fn unjudged(&self) -> Option<Arc<dyn Standing>> {
+        self.standing.as_ref().filter(|standing| !standing.is_judged()).map(Arc::clone)
     }
 }
 

@@ -24,7 +24,7 @@ use super::relay::{Limits, Meter, relay};
 use super::{TcpDestination, TcpRouteTable};
 use crate::balance::Choice;
 use crate::cluster::{BalancerKind, Cluster, Discovery, PoolSettings};
-use crate::connect::open;
+use crate::connect::{Opened, open};
 use crate::endpoint::{Endpoint, InFlight};
 use crate::outlier::{Observation, Watch};
 use crate::pool;
@@ -152,7 +152,7 @@ impl TcpDispatch {
                     () = cut.as_mut() => Err(super::relay::End::Cut.flags()),
                 };
                 match connected {
-                    Ok((stream, local)) => {
+                    Ok(Opened { stream, local, .. }) => {
                         report.upstream_local = local;
                         let limits = Limits {
                             idle: picked.settings.tcp_idle_timeout,

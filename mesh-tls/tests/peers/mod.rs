@@ -176,7 +176,7 @@ pub(crate) fn bad(ca: &Ca, revoked: Peer) -> Vec<(&'static str, Peer, &'static s
     let minute = Duration::from_secs(60);
     vec![
         ("self-signed", self_signed(), "authority that is trusted"),
-        ("of another authority", leaf(&authority("cluster.local"), |_| {}), "signature does not hold"),
+        ("of another authority", leaf(&authority("cluster.local"), |_| {}), "authority that is trusted"),
         (
             "of another trust domain",
             sans(vec![uri("spiffe://evil.example/ns/a/sa/b")]),
