@@ -21,6 +21,7 @@ mod memory;
 mod overload;
 mod proxy;
 mod reload;
+mod rotation;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -79,6 +80,12 @@ enum Run {
         #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
         time: Duration,
     },
+    /// Renew the certificates of both sides each 100 ms under 200 handshakes per second: none fails
+    D1 {
+        /// For how long
+        #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
+        time: Duration,
+    },
     /// 1,000 services of 3 subsets and 100 idle connections: at most 30 MiB
     Memory,
     /// Random mutations of HTTP/1.1 messages: never more requests upstream than answers, never an ambiguous framing
@@ -117,6 +124,7 @@ fn main() -> ExitCode {
         Run::C1 { reloads } => on_runtime(reload::run(reloads)),
         Run::C5 { reloads } => verdict(large::run(reloads)),
         Run::C6 { time } => on_runtime(churn::run(time)),
+        Run::D1 { time } => on_runtime(rotation::run(time)),
         Run::Memory => on_runtime(memory::run()),
         Run::Envoy { envoy, only } => on_runtime(async move { envoy::run(&envoy, only.as_deref()).await }),
         Run::E2 { time, seed } => on_runtime(differential::run(time, seed.unwrap_or_else(rand::random))),
