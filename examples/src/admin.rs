@@ -22,9 +22,10 @@ use mesh_telemetry::access_log::DroppedLines;
 use mesh_tls::Materials;
 use serde_json::{Value, json};
 
+use crate::certs;
 use crate::control::Status;
 use crate::explain::Question;
-use crate::security::Asked;
+use crate::security::{Asked, Security};
 use crate::status::{Controls, Metrics, Probers, TEXT_PAGE};
 
 /// What the endpoints show.
@@ -54,6 +55,8 @@ pub struct Admin {
     pub workload: Workload,
     /// The same, as the command line says it.
     pub node: Value,
+    /// The certificates in force.
+    pub security: Security,
     /// The rollouts of canaries.
     pub canaries: Canaries,
     /// What the access log dropped, if it is on.
@@ -100,6 +103,10 @@ const PATHS: &[(&str, &str)] = &[
     ("/healthz/ready", "the same, for probes"),
     ("/config_dump", "the configuration in force: routes, diagnostics, what is not enforced"),
     ("/clusters", "every cluster with its endpoints and counters"),
+    (
+        "/certs",
+        "every certificate in force with its names, serial number and days until expiration, as Envoy's",
+    ),
     ("/canary", "every canary with its share, its evidence and what was decided"),
     ("/listeners", "every listener with its address and counters"),
     ("/server_info", "version, workload, uptime"),
@@ -166,6 +173,7 @@ impl Admin {
             "/ready" | "/healthz/ready" => self.ready(&server),
             "/config_dump" => json(StatusCode::OK, &self.config_dump()),
             "/clusters" => json(StatusCode::OK, &self.clusters()),
+            "/certs" => json(StatusCode::OK, &certs::dump(&self.security.certificates(), SystemTime::now())),
             "/canary" => json(StatusCode::OK, &dump::canaries(&self.canaries)),
             "/listeners" => json(StatusCode::OK, &listeners(&server)),
             "/server_info" => json(StatusCode::OK, &self.server_info(&server)),
@@ -457,6 +465,10 @@ fn listeners(server: &Server) -> Value {
                 "loops": listener.loops,
                 "passed_on": listener.passed_on,
                 "accept_errors": listener.accept_errors,
+                "handshakes": listener.handshakes,
+                "handshake_failures": listener.handshake_failures,
+                "plaintext_refused": listener.plaintext_refused,
+                "distrusted": listener.distrusted,
             })
         })
         .collect();

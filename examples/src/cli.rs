@@ -89,7 +89,7 @@ pub struct Common {
     #[arg(long, value_name = "PATH")]
     pub mesh_config: Option<PathBuf>,
 
-    /// Admin endpoints: /ready /config_dump /clusters /listeners /server_info /explain /canary /mirror_diff
+    /// Admin endpoints: /ready /config_dump /clusters /listeners /certs /server_info /explain /canary /mirror_diff
     /// /stats/prometheus
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15000")]
     pub admin: SocketAddr,

@@ -74,6 +74,26 @@ impl Known {
         }
     }
 
+    /// Every credential that is known, by what a user calls it.
+    #[must_use]
+    pub fn all(&self) -> Vec<(String, Materials)> {
+        let state = self.state();
+        let named = state.known.iter().map(|(credential, entry)| {
+            let name = match credential {
+                Credential::Files(files) => {
+                    let names = [&files.certificate, &files.roots];
+                    names.into_iter().find(|name| !name.is_empty()).map_or("system", |name| name).to_owned()
+                }
+                Credential::Secret(name) => self.named(name),
+                _ => "mesh".to_owned(),
+            };
+            (name, entry.materials.clone())
+        });
+        let mut named: Vec<_> = named.collect();
+        named.sort_by(|(one, _), (other, _)| one.cmp(other));
+        named
+    }
+
     /// Reads a credential, unless it is known, and follows it.
     pub fn prepare(&self, credential: &Credential) {
         let mut state = self.state();

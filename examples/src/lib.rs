@@ -4,6 +4,7 @@
 //! line, a control plane that loads and watches configuration, admin endpoints, a demo.
 
 pub mod admin;
+pub mod certs;
 pub mod cli;
 pub mod compose;
 pub mod control;

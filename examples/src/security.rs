@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use mesh_core::config::Transport;
 use mesh_core::identity::{SpiffeId, TrustDomain};
@@ -21,6 +21,7 @@ use rustls::crypto::CryptoProvider;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
+use crate::certs::Named;
 use crate::cli::Common;
 use crate::credentials::{Known, Places, system_roots};
 
@@ -35,6 +36,8 @@ pub struct Security {
     provider: Arc<CryptoProvider>,
     gateway: Arc<OnceLock<GatewayTls>>,
     trust_domain: Option<String>,
+    /// Other workloads of this process.
+    workloads: Arc<Mutex<Vec<(String, Materials)>>>,
     authority: Option<Arc<IstioCa>>,
     /// Who the authority is asked to say that we are.
     asked: Arc<OnceLock<Asked>>,
@@ -88,11 +91,42 @@ impl Security {
             provider,
             gateway: Arc::default(),
             trust_domain: common.trust_domain.clone(),
+            workloads: Arc::default(),
             authority,
             asked: Arc::default(),
         };
         security.set_trust_domains([]);
         Ok(security)
+    }
+
+    /// The same process as another workload: with this identity of the mesh, under a name for `/certs`.
+    ///
+    /// # Errors
+    /// When the provider has no TLS 1.2 or 1.3.
+    pub fn with_identity(&self, name: &str, mesh: Materials) -> Result<Self, String> {
+        let acceptor =
+            Acceptor::mutual(mesh.clone(), Arc::clone(&self.provider)).map_err(|error| error.to_string())?;
+        let connector = Connector::new(mesh.clone(), Arc::clone(&self.provider))
+            .credentials(Arc::clone(&self.credentials) as Arc<dyn Credentials>);
+        self.workloads.lock().unwrap_or_else(PoisonError::into_inner).push((name.to_owned(), mesh.clone()));
+        let security = Self { mesh, acceptor, connector, gateway: Arc::default(), ..self.clone() };
+        security.set_trust_domains([]);
+        Ok(security)
+    }
+
+    /// Every certificate in force, with what it is called.
+    #[must_use]
+    pub fn certificates(&self) -> Vec<Named> {
+        let workloads = self.workloads.lock().unwrap_or_else(PoisonError::into_inner);
+        let named = workloads.iter().map(|(name, materials)| (name.clone(), materials.clone()));
+        let mesh = [("mesh".to_owned(), self.mesh.clone())];
+        let mesh = mesh.into_iter().filter(|_| workloads.is_empty());
+        let others = [&self.servers, &self.credentials].into_iter().flat_map(|known| known.all());
+        mesh.chain(named)
+            .chain(others)
+            .map(|(name, materials)| (name, materials.load()))
+            .filter(|(_, material)| material.identity.is_some() || !material.bundle.roots().is_empty())
+            .collect()
     }
 
     /// What the stacks of this process can do.

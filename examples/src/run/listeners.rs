@@ -1,6 +1,7 @@
 //! The listeners of a proxy: of the mesh, of its applications, of its operators.
 
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -18,6 +19,7 @@ use serde_json::json;
 
 use crate::admin::{Admin, Port};
 use crate::compose::{self, Parts};
+use crate::demo;
 use crate::security::Security;
 use crate::status::{Metrics, Probers};
 
@@ -41,6 +43,32 @@ impl Proxy {
             .map_err(|error| bind_failure(&error, flag))?;
         self.addresses.push((name, address));
         Ok(())
+    }
+
+    /// The outbound side of each of the demo's workloads, as which it calls others: where each listens.
+    pub(super) fn listen_demo(
+        &self,
+        bookinfo: &demo::Bookinfo,
+        identities: Option<&demo::Identities>,
+        outbound: SocketAddr,
+    ) -> Result<BTreeMap<String, SocketAddr>, Failure> {
+        let mut listening = BTreeMap::new();
+        for workload in bookinfo.ports().keys() {
+            let own = identities.and_then(|identities| identities.of(workload));
+            let address = match own {
+                None => outbound,
+                Some(own) => {
+                    let name = format!("demo-{workload}");
+                    let security = self.security.with_identity(&name, own.clone()).map_err(Failure::Other)?;
+                    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+                    let spec = ListenerSpec::new(name, any, Direction::Outbound);
+                    listen(self.server()?, &self.parts, &security, &self.tables(), spec)
+                        .map_err(Failure::other)?
+                }
+            };
+            listening.insert(workload.clone(), address);
+        }
+        Ok(listening)
     }
 
     fn tables(&self) -> Tables {
@@ -108,6 +136,7 @@ impl Proxy {
                 "workers": self.common.worker_count(),
             }),
             canaries: self.control.canaries().clone(),
+            security: self.security.clone(),
             workload,
             access_log: self.sink.as_ref().map(AccessLogSink::dropped_lines),
             started: self.started,

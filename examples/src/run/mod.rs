@@ -26,6 +26,9 @@ use crate::{demo, logging, memory, replay, simulate};
 /// How often the demo says what its applications have seen.
 const DEMO_REPORT: Duration = Duration::from_secs(2);
 
+/// The trust domain of the demo where none is said.
+const TRUST_DOMAIN: &str = "cluster.local";
+
 /// Why a proxy did not start or go on, in words for its user.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
@@ -107,14 +110,20 @@ async fn run_sidecar(args: Sidecar) -> Result<(), Failure> {
     }
     let pairs = args.inbound_pairs().map_err(Failure::Usage)?;
     let mut sources = sources(&args.common)?;
-    let bookinfo = if args.runs_demo() {
-        let bookinfo = demo::start().await.map_err(Failure::other)?;
-        sources.fixed.insert(0, SourceFile::new("<demo>", demo::config(&bookinfo)));
-        Some(bookinfo)
-    } else {
-        None
-    };
-    let mut proxy = Proxy::prepare("sidecar", Role::Sidecar, &args.common, sources)?;
+    let (mut bookinfo, mut identities) = (None, None);
+    if args.runs_demo() {
+        // Whoever brings an identity has an authority that is not the demo's.
+        if args.common.identity_dir.is_none() && args.common.ca.is_none() {
+            let domain = args.common.trust_domain.as_deref().unwrap_or(TRUST_DOMAIN);
+            let all = demo::identities(domain, &args.common.service_account).map_err(Failure::Other)?;
+            identities = Some(Arc::new(all));
+        }
+        let apps = demo::start(identities.as_deref()).await.map_err(Failure::other)?;
+        sources.fixed.insert(0, SourceFile::new("<demo>", demo::config(&apps)));
+        bookinfo = Some(apps);
+    }
+    let own = identities.as_ref().and_then(|all| all.of(&args.common.service_account).cloned());
+    let mut proxy = Proxy::prepare("sidecar", Role::Sidecar, &args.common, sources, own)?;
     if args.common.check {
         return proxy.check();
     }
@@ -132,7 +141,10 @@ async fn run_sidecar(args: Sidecar) -> Result<(), Failure> {
     let signals = Signals::listen()?;
     proxy.announce();
     if let Some(bookinfo) = bookinfo {
-        bookinfo.connect(outbound);
+        bookinfo.connect(proxy.listen_demo(&bookinfo, identities.as_deref(), outbound)?);
+        if let Some(identities) = identities {
+            tokio::spawn(identities.renew());
+        }
         eprint!("{}", demo::welcome(outbound, admin));
         tokio::spawn(report(bookinfo));
     }
@@ -142,7 +154,7 @@ async fn run_sidecar(args: Sidecar) -> Result<(), Failure> {
 async fn run_gateway(args: Gateway) -> Result<(), Failure> {
     logging::init(&args.common.log).map_err(Failure::Usage)?;
     let sources = sources(&args.common)?;
-    let mut proxy = Proxy::prepare("gateway", Role::Gateway, &args.common, sources)?;
+    let mut proxy = Proxy::prepare("gateway", Role::Gateway, &args.common, sources, None)?;
     if args.common.check {
         return proxy.check();
     }

@@ -15,6 +15,7 @@ use mesh_core::{Panics, Slot};
 use mesh_route::discover::{Discoverer, SystemResolver};
 use mesh_route::{Cluster, Clusters, RouteTable};
 use mesh_telemetry::access_log::{AccessLogLayer, AccessLogSink};
+use mesh_tls::Materials;
 
 use crate::cli::Common;
 use crate::compose::Parts;
@@ -49,17 +50,23 @@ pub(super) struct Proxy {
 }
 
 impl Proxy {
+    /// `own` is the identity of the workload, where the command line says none.
     pub(super) fn prepare(
         binary: &'static str,
         role: Role,
         common: &Common,
         sources: Sources,
+        own: Option<Materials>,
     ) -> Result<Self, Failure> {
         let mut context: CompileContext = common.compile_context(role);
         let runtime = tokio::runtime::Handle::current();
         let places =
             Places { namespace: context.workload.namespace.clone(), secret_dir: common.secret_dir.clone() };
         let security = Security::new(common, places, &runtime).map_err(Failure::Other)?;
+        let security = match own {
+            Some(own) => security.with_identity("mesh", own).map_err(Failure::Other)?,
+            None => security,
+        };
         context.transport = security.transport();
         let discoverer = Discoverer::new(SystemResolver, runtime);
         let control =
