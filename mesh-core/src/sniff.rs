@@ -88,6 +88,10 @@ impl Sniffer {
     fn hello(&mut self, first: &[u8]) -> Sniffed {
         let bounded = &first[..first.len().min(MAX_HELLO_BYTES)];
         loop {
+            // What follows a message that is whole is not looked at.
+            if let Some(decided) = self.decided() {
+                return decided;
+            }
             let rest = bounded.get(self.taken..).unwrap_or_default();
             if self.in_record == 0 {
                 let [content, 3, _, high, low, ..] = *rest else {
@@ -113,16 +117,17 @@ impl Sniffer {
             self.hello.extend_from_slice(fragment);
             self.taken += fragment.len();
             self.in_record -= fragment.len();
-            if let [kind, a, b, c, body @ ..] = self.hello.as_slice() {
-                let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
-                if *kind != CLIENT_HELLO || length > MAX_HELLO_BYTES {
-                    return Sniffed::Tls(None);
-                }
-                if let Some(body) = body.get(..length) {
-                    return Sniffed::Tls(server_name(body));
-                }
-            }
         }
+    }
+
+    /// What the handshake message says, as soon as it is whole or cannot be one.
+    fn decided(&self) -> Option<Sniffed> {
+        let [kind, a, b, c, body @ ..] = self.hello.as_slice() else { return None };
+        let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
+        if *kind != CLIENT_HELLO || length > MAX_HELLO_BYTES {
+            return Some(Sniffed::Tls(None));
+        }
+        body.get(..length).map(|body| Sniffed::Tls(server_name(body)))
     }
 
     fn more(&self, first: &[u8]) -> Sniffed {
@@ -306,6 +311,16 @@ pub(crate) mod tests {
             .chunks(size)
             .flat_map(|chunk| [&[HANDSHAKE, 3, 1][..], &(chunk.len() as u16).to_be_bytes(), chunk].concat())
             .collect()
+    }
+
+    #[test]
+    fn bug_what_was_decided_was_undecided_again_with_the_beginning_of_another_record() {
+        let whole = records(&hello(Some(&[(0, "a.example")])), 64);
+        let mut sniffer = Sniffer::new();
+        assert_eq!(sniffer.look(&whole), named("a.example"));
+        for more in [&[HANDSHAKE][..], &[HANDSHAKE, 3, 3, 0], &[HANDSHAKE, 3, 3, 0, 1, 0], b"\x15\x03\x03"] {
+            assert_eq!(sniffer.look(&[&whole, more].concat()), named("a.example"), "{more:?}");
+        }
     }
 
     fn once(bytes: &[u8]) -> Sniffed {
