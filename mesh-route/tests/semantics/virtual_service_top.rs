@@ -306,3 +306,25 @@ async fn vs_09_no_route_no_cluster_no_endpoint() {
         assert_eq!(fail(&client, get(&format!("http://reviews{path}"))).await, expected, "{path}");
     }
 }
+
+#[test]
+fn vs_02_a_gateway_that_is_not_there_is_said() {
+    let yaml = |named: &str| {
+        reviews(&[1])
+            + &resource("Gateway", "edge", EDGE)
+            + &virtual_service("v", "[a.com]", &format!("gateways: [{named}], "))
+    };
+    let said = |it: &Compiled| -> Vec<_> {
+        let there = it.diags.iter().filter(|d| d.message.contains("is there: nothing is attached"));
+        there.map(|d| (d.path.clone(), d.code, d.message.clone())).collect()
+    };
+    for there in ["edge", "default/edge", "mesh"] {
+        for compiled in [compile(&yaml(there)), compile_gateway(&yaml(there))] {
+            assert_eq!(said(&compiled), [], "{there}");
+        }
+    }
+    for compiled in [compile(&yaml("edge, other/edge")), compile_gateway(&yaml("edge, other/edge"))] {
+        let message = "no gateway other/edge is there: nothing is attached to it".to_owned();
+        assert_eq!(said(&compiled), [("spec.gateways[1]".to_owned(), Some("IST0101"), message)]);
+    }
+}
