@@ -64,7 +64,8 @@ pub(crate) struct Idle {
 #[derive(Debug)]
 struct Conn {
     handle: Handle,
-    meta: ConnMeta,
+    /// Apart, as a lease moves with its request.
+    meta: Box<ConnMeta>,
 }
 
 /// A connection that one request has to itself.
@@ -259,7 +260,8 @@ impl Lease {
             drop(opened);
         });
         shard.sweep();
-        let conn = Conn { handle, meta: ConnMeta::new(made.local, made.standing, endpoint, settings) };
+        let meta = ConnMeta::new(made.local, made.standing, endpoint, settings);
+        let conn = Conn { handle, meta: Box::new(meta) };
         Ok(Self { conn, endpoint: endpoint.id(), shard: Arc::clone(shard) })
     }
 
