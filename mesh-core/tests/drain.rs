@@ -218,10 +218,18 @@ async fn h2_streams_that_never_end_are_cut_at_the_deadline_and_flagged() {
         sleep(Duration::from_millis(1)).await;
     }
     let start = Instant::now();
-    let drained = server.drain().run(times(100, 400), pending()).await;
-    let elapsed = start.elapsed();
+    // How late this machine keeps its appointments is not the drain's doing.
+    let (drained, deadline) = tokio::join!(
+        async { (server.drain().run(times(100, 400), pending()).await, Instant::now()) },
+        async {
+            sleep(Duration::from_millis(400)).await;
+            Instant::now()
+        }
+    );
+    let (drained, end) = drained;
     assert_eq!(drained, Drained::Cut(4));
-    assert!((Duration::from_millis(400)..Duration::from_millis(510)).contains(&elapsed), "{elapsed:?}");
+    assert!(end - start >= Duration::from_millis(400), "{:?}", end - start);
+    assert!(end.saturating_duration_since(deadline) < Duration::from_millis(110), "{:?}", end - deadline);
     for body in bodies {
         assert!(body.await.unwrap().is_err(), "a cut body was called complete");
     }
