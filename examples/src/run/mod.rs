@@ -21,7 +21,7 @@ use self::proxy::Proxy;
 use self::serve::Signals;
 use crate::cli::{Common, Gateway, Sidecar};
 use crate::control::Sources;
-use crate::{demo, logging, memory, replay, simulate};
+use crate::{demo, logging, replay, simulate};
 
 /// How often the demo says what its applications have seen.
 const DEMO_REPORT: Duration = Duration::from_secs(2);
@@ -70,7 +70,6 @@ pub fn gateway(args: Gateway) -> ExitCode {
 
 /// The control plane's runtime; requests are served by the workers' own.
 fn on_runtime(run: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    memory::large_blocks_apart();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name("mesh-control")

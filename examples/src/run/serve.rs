@@ -9,7 +9,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::Failure;
 use super::proxy::Proxy;
-use crate::memory;
 
 /// The signals that a proxy hears. Listened for before anyone is told that it listens: a signal that comes sooner would
 /// end it without a drain.
@@ -101,11 +100,8 @@ impl Proxy {
             };
             waits = None;
             self.say(&outcome);
-            let is_accepted = outcome.accepted;
-            drop(outcome);
-            tokio::task::block_in_place(memory::give_back);
             // What drains opens no listener.
-            if is_accepted && self.server()?.drain().phase() == Phase::Serving {
+            if outcome.accepted && self.server()?.drain().phase() == Phase::Serving {
                 applied(&mut self);
             }
         }
