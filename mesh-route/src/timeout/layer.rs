@@ -130,7 +130,9 @@ where
         timeouts.announce(request.headers_mut(), grpc, millis);
         let body = request.body_mut();
         let whole = timeouts.route.map(|whole| Deadline::new(&self.timers, whole, body, super::route));
-        let head = idle.filter(|idle| timeouts.route.is_none_or(|whole| *idle < whole));
+        // While a body is still to come the whole stands still, and only the idle timeout bounds the upload.
+        let is_whole = body.is_end_stream() || body.as_full().is_some();
+        let head = idle.filter(|idle| !is_whole || timeouts.route.is_none_or(|whole| *idle < whole));
         let head = Limits { per_try: None, idle: head }.deadline(&self.timers, body);
         let idle = idle.map(|idle| Idle::new(&self.timers, idle));
         ResponseFuture { inner: self.inner.call(request), whole, head, idle }
@@ -160,7 +162,8 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let Poll::Ready(response) = this.inner.poll(cx) else {
-            for deadline in [&mut *this.head, &mut *this.whole].into_iter().flatten() {
+            // Where both pass at once, after an upload, it is the whole that is over.
+            for deadline in [&mut *this.whole, &mut *this.head].into_iter().flatten() {
                 if let Poll::Ready(late) = deadline.poll_passed(cx) {
                     return Poll::Ready(Err(late));
                 }
@@ -369,6 +372,27 @@ mod tests {
                 let (response, _) = exchange(layer, request, 1000 * SECOND, [1000 * SECOND; 2]).await;
                 assert!(matches!(response, Ok((StatusCode::OK, Ok(2)))), "{response:?}");
             }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn vs_t01_bug_an_idle_timeout_longer_than_the_whole_did_not_bound_a_stalled_upload_layer() {
+        let stalls = |idle: u32, at: [Duration; 1]| {
+            let layer = TimeoutLayer::new(10 * SECOND).idle(idle * SECOND);
+            exchange(layer, Request::post("/").body(slow(at)).unwrap(), SECOND, [SECOND; 2])
+        };
+        for idle in [10, 15] {
+            let (response, took) = stalls(idle, [100_000 * SECOND]).await;
+            let error = response.unwrap_err();
+            assert_eq!((error.details(), took), ("stream_idle_timeout", idle * SECOND));
+        }
+        // With the end of the upload the whole begins, and passes first, or with the idle timeout.
+        for idle in [10, 15] {
+            let layer = TimeoutLayer::new(10 * SECOND).idle(idle * SECOND);
+            let request = Request::post("/").body(slow([3 * SECOND])).unwrap();
+            let (response, took) = exchange(layer, request, 100 * SECOND, [SECOND; 2]).await;
+            assert_eq!(response.unwrap_err().flags(), ResponseFlags::UPSTREAM_REQUEST_TIMEOUT);
+            assert_eq!(took, 13 * SECOND);
         }
     }
 
