@@ -339,6 +339,10 @@ impl ClusterRuntime {
         // Before the detector is locked: who counts them may lock what another holds who waits for the detector.
         let endpoints = endpoints();
         let mut detector = self.detector();
+        // It may have gone since: those that go do so under this lock.
+        if endpoint.is_retired() {
+            return false;
+        }
         let now = mesh_core::clock::now();
         let noted = detector.noted();
         let is_ejected = detector.trip(config, endpoint.addr(), evidence, endpoints, now);
@@ -444,7 +448,12 @@ impl ClusterRuntime {
             priority: spec.priority,
             locality: spec.locality,
         }));
+        drop(known);
         let listed: HashSet<u64> = set.iter().map(|endpoint| endpoint.id()).collect();
+        let addresses: HashSet<_> = set.iter().map(|endpoint| endpoint.addr()).collect();
+        // Both under the detector's lock: nobody is ejected any more once it has gone.
+        let mut detector = self.detector();
+        let mut known = self.known();
         known.retain(|_, endpoint| {
             let Some(endpoint) = endpoint.upgrade() else { return false };
             let is_gone = !listed.contains(&endpoint.id());
@@ -457,8 +466,6 @@ impl ClusterRuntime {
         });
         drop(known);
         // Who is gone is none of the ejected any more, or they would keep others from being ejected.
-        let addresses: HashSet<_> = set.iter().map(|endpoint| endpoint.addr()).collect();
-        let mut detector = self.detector();
         detector.retain(|addr| addresses.contains(addr));
         self.set_next_return(&detector);
         drop(detector);
@@ -573,6 +580,27 @@ mod tests {
             1
         });
         assert!(is_free, "who counts holds a lock of its own, and others take the two the other way round");
+    }
+
+    #[test]
+    fn dr_od03_bug_an_endpoint_that_went_while_it_was_judged_was_one_of_the_ejected() {
+        let runtime = ClusterRuntime::alone(ClusterName::custom("a"));
+        let [one, two] = [1, 2].map(|last| EndpointSpec::new(([10, 0, 0, last], 1).into()));
+        runtime.set_resolved([one.clone()]);
+        let endpoint = runtime.resolved().iter().next().cloned().unwrap();
+        let config =
+            OutlierDetection { consecutive_5xx: 1, max_ejection_percent: 100, ..OutlierDetection::default() };
+        let seen = Observation::of_response(StatusCode::BAD_GATEWAY, None);
+        let is_ejected = runtime.observe(&config, &endpoint, seen, || {
+            // Between the first look at the endpoint and the lock.
+            runtime.set_resolved([two.clone()]);
+            1
+        });
+        assert!(!is_ejected && !endpoint.is_ejected());
+        assert_eq!(runtime.with_outliers(Detector::ejected), 0);
+        // It is as good as any other when it comes back.
+        runtime.set_resolved([one]);
+        assert!(runtime.observe(&config, &endpoint, seen, || 1));
     }
 
     #[test]
