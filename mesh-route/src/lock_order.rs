@@ -11,8 +11,9 @@
 //! | 5 | the tables of balancers | a reload, the resolver |
 //! | 6 | a shard | every request |
 //!
-//! Under the lock of a shard none of these is taken. Locks of one request, of a body or of a timer are not here: nothing
-//! is called while they are held. Builds with debug assertions, tests among them, panic where the order is broken.
+//! Under the lock of a shard none of these is taken, and nothing of others is woken, dropped or closed: what is to be is
+//! moved out first. Wakers count among that, as the last to hold a task ends it, with all that it holds. Locks of one
+//! request, of a body or of a timer are not here: no waker is cloned, woken or dropped while they are held. Builds with debug assertions, tests among them, panic where the order is broken.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};

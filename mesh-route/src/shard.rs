@@ -13,7 +13,7 @@ use mesh_core::{Connect, Originate};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 
-use crate::balance::{Choice, Cursors};
+use crate::balance::{Balancer, Choice, Cursors};
 use crate::cluster::Cluster;
 use crate::endpoint::Endpoint;
 use crate::lock_order::{Guard, Ordered, SHARD};
@@ -114,6 +114,11 @@ impl Shard {
         &self.timers
     }
 
+    #[cfg(test)]
+    pub(crate) fn is_free(&self) -> bool {
+        self.inner.is_free()
+    }
+
     pub(crate) fn lock(&self) -> Guard<'_, Inner> {
         self.inner.lock()
     }
@@ -126,15 +131,15 @@ impl Shard {
         choice: &Choice<'_>,
     ) -> Option<Arc<Endpoint>> {
         runtime.let_return(mesh_core::clock::now);
-        let inner = &mut *self.lock();
-        // Workers begin at different places, or each would send its first request to the same endpoint.
-        let new = || Cursors::new(inner.rng.random_range(0..1 << 20));
-        let cursors = inner.cursors.entry(runtime.id()).or_insert_with(new);
-        cluster
-            .with_balancer(|balancer| {
-                balancer.pick(choice, cursors, &mut inner.rng, mesh_core::clock::now).cloned()
-            })
-            .flatten()
+        // The balancer is held for longer than the lock: it may have been replaced, and this be its last holder.
+        let pick = |balancer: &Balancer| {
+            let inner = &mut *self.lock();
+            // Workers begin at different places, or each would send its first request to the same endpoint.
+            let new = || Cursors::new(inner.rng.random_range(0..1 << 20));
+            let cursors = inner.cursors.entry(runtime.id()).or_insert_with(new);
+            balancer.pick(choice, cursors, &mut inner.rng, mesh_core::clock::now).cloned()
+        };
+        cluster.with_balancer(pick).flatten()
     }
 
     /// Starts looking through idle connections, once per shard, on the current runtime.
@@ -166,13 +171,13 @@ async fn sweep(shard: Weak<Shard>) {
             }
         }
         let now = mesh_core::clock::now();
-        let mut expired = (Vec::new(), Vec::new());
+        let mut expired = (h1::Swept::default(), Vec::new());
         {
             let mut inner = shard.lock();
             inner.h1.retain(|_, pool| pool.sweep(now, &mut expired.0));
             inner.h2.retain(|_, pool| pool.sweep(now, &mut expired.1));
         }
-        // Connections close outside the lock.
+        // Connections close outside the lock, and those that waited are dropped there.
         drop(expired);
     }
 }

@@ -190,23 +190,32 @@ impl HttpBody for Copied {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let frame = {
+        // Cloned and dropped outside the lock: whoever is the last to hold a task ends it, and with it this body.
+        let mut reader = None;
+        let frame = loop {
             let mut queue = self.tee.lock();
             match (queue.state, queue.pieces.pop_front()) {
                 (State::Lost(_), _) => return Poll::Ready(Some(Err(broken_off()))),
                 (_, Some(piece)) => {
                     queue.unread = queue.unread.saturating_sub(charge(&piece));
-                    Frame::data(piece)
+                    break Frame::data(piece);
                 }
                 (State::Whole, None) => match queue.trailers.take() {
-                    Some(trailers) => Frame::trailers(trailers),
+                    Some(trailers) => break Frame::trailers(trailers),
                     None => return Poll::Ready(None),
                 },
                 (State::Passing | State::Unwanted, None) => {
-                    queue.reader = Some(cx.waker().clone());
-                    return Poll::Pending;
+                    if queue.reader.as_ref().is_some_and(|reader| reader.will_wake(cx.waker())) {
+                        return Poll::Pending;
+                    }
+                    if reader.is_some() {
+                        std::mem::swap(&mut queue.reader, &mut reader);
+                        return Poll::Pending;
+                    }
                 }
             }
+            drop(queue);
+            reader = Some(cx.waker().clone());
         };
         if let (Some(left), Some(data)) = (&mut self.left, frame.data_ref()) {
             *left = left.saturating_sub(data.len() as u64);

@@ -59,7 +59,7 @@ pub(crate) fn no_healthy_upstream() -> Error {
 ///     bad.clone().oneshot(Request::new(Body::empty())).await?;
 /// }
 /// // The service is not asked any more, for 30 seconds.
-/// let error = bad.oneshot(Request::new(Body::empty())).await.unwrap_err();
+/// let error = bad.clone().oneshot(Request::new(Body::empty())).await.unwrap_err();
 /// assert_eq!((error.status().as_u16(), error.details()), (503, "no_healthy_upstream"));
 /// assert!(good.oneshot(Request::new(Body::empty())).await.is_ok());
 /// assert_eq!(group.with_outliers(|outliers| outliers.ejected()), 1);
@@ -75,7 +75,7 @@ pub struct OutlierGroup(Arc<Group>);
 struct Group {
     config: OutlierDetection,
     runtime: ClusterRuntime,
-    members: Ordered<MEMBERS, HashMap<SocketAddr, Weak<Endpoint>>>,
+    members: Ordered<MEMBERS, HashMap<SocketAddr, Weak<Member>>>,
     /// Services that were told that theirs is not ready: they have to hear that nobody waits for it any more.
     waiting: Mutex<HashMap<u64, Waker>>,
 }
@@ -93,11 +93,21 @@ impl OutlierGroup {
     #[must_use]
     pub fn endpoint(&self, addr: SocketAddr) -> OutlierDetectionLayer {
         let mut members = self.0.members.lock();
-        members.retain(|_, member| member.strong_count() > 0);
-        self.0.runtime.retain_outliers(|addr| members.contains_key(addr));
+        if let Some(member) = members.get(&addr).and_then(Weak::upgrade) {
+            drop(members);
+            return OutlierDetectionLayer { member };
+        }
+        self.0.forget_gone(&mut members);
         let endpoint = self.0.runtime.endpoint(addr, &UpstreamTls::Disable);
-        members.insert(addr, Arc::downgrade(&endpoint));
-        OutlierDetectionLayer { group: Arc::clone(&self.0), endpoint }
+        // It may be that of a member which is just going.
+        endpoint.failures().clear();
+        endpoint.set_ejected(false);
+        let member = Arc::new(Member { group: Arc::clone(&self.0), endpoint });
+        members.insert(addr, Arc::downgrade(&member));
+        drop(members);
+        // With one more there may be enough again without those that are ejected.
+        self.0.tell();
+        OutlierDetectionLayer { member }
     }
 
     /// Reads who is ejected and why; ejections that are over have ended.
@@ -111,6 +121,12 @@ impl Group {
     fn members(&self) -> usize {
         let members = self.members.lock();
         members.values().filter(|member| member.strong_count() > 0).count()
+    }
+
+    /// Those that are gone are none of the group, nor of the ejected.
+    fn forget_gone(&self, members: &mut HashMap<SocketAddr, Weak<Member>>) {
+        members.retain(|_, member| member.strong_count() > 0);
+        self.runtime.retain_outliers(|addr| members.contains_key(addr));
     }
 
     /// Whether the endpoint takes requests: it is not ejected, or too many are (DR-OD04).
@@ -149,6 +165,31 @@ impl Group {
     }
 }
 
+/// An endpoint for as long as somebody stands for it.
+#[derive(Debug)]
+struct Member {
+    group: Arc<Group>,
+    endpoint: Arc<Endpoint>,
+}
+
+impl Member {
+    fn takes(&self) -> bool {
+        self.group.takes(&self.endpoint)
+    }
+
+    fn observe(&self, seen: Observation) {
+        self.group.observe(&self.endpoint, seen);
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.group.forget_gone(&mut self.group.members.lock());
+        // With one fewer there may be too few without those that are ejected, or enough if it was one of them.
+        self.group.tell();
+    }
+}
+
 /// Leaves an endpoint out for a while that keeps failing (DR-OD01 to DR-OD08): while it is ejected, requests are answered
 /// 503 `UH` without asking the service. [`OutlierGroup::endpoint`] makes it.
 ///
@@ -157,15 +198,14 @@ impl Group {
 /// dropped. So a timeout that is to count stands below this layer, a [`TimeoutLayer`](crate::TimeoutLayer) for instance.
 #[derive(Clone, Debug)]
 pub struct OutlierDetectionLayer {
-    group: Arc<Group>,
-    endpoint: Arc<Endpoint>,
+    member: Arc<Member>,
 }
 
 impl OutlierDetectionLayer {
     /// Whether the endpoint takes no requests now.
     #[must_use]
     pub fn is_ejected(&self) -> bool {
-        !self.group.takes(&self.endpoint)
+        !self.member.takes()
     }
 }
 
@@ -202,7 +242,10 @@ impl Wait {
     }
 
     fn by(&self, waker: &Waker) {
-        self.group.waiting().entry(self.id).or_insert_with(|| waker.clone()).clone_from(waker);
+        let waker = waker.clone();
+        let before = self.group.waiting().insert(self.id, waker);
+        // Outside the lock, both: whoever is the last to hold a task ends it, and with it perhaps another that waits.
+        drop(before);
     }
 }
 
@@ -216,7 +259,7 @@ impl Drop for Wait {
 
 impl<S> DetectOutlier<S> {
     fn takes(&self) -> bool {
-        self.layer.group.takes(&self.layer.endpoint)
+        self.layer.member.takes()
     }
 }
 
@@ -240,7 +283,7 @@ where
             return Poll::Ready(Ok(()));
         }
         let Poll::Ready(ready) = self.inner.poll_ready(cx) else {
-            let group = &self.layer.group;
+            let group = &self.layer.member.group;
             self.wait.get_or_insert_with(|| Wait::new(group)).by(cx.waker());
             // It may have been ejected before it was there to be told.
             return if self.takes() { Poll::Pending } else { Poll::Ready(Ok(())) };
@@ -251,7 +294,7 @@ where
         if let Err(error) = &ready
             && let Some(seen) = Observation::of_failure(error.kind())
         {
-            self.layer.group.observe(&self.layer.endpoint, seen);
+            self.layer.member.observe(seen);
         }
         Poll::Ready(ready)
     }
@@ -295,8 +338,8 @@ where
                     }
                     Err(error) => Observation::of_failure(error.kind()),
                 };
-                if let (Some(OutlierDetectionLayer { group, endpoint }), Some(seen)) = (layer.take(), seen) {
-                    group.observe(&endpoint, seen);
+                if let (Some(OutlierDetectionLayer { member }), Some(seen)) = (layer.take(), seen) {
+                    member.observe(seen);
                 }
                 Poll::Ready(outcome)
             }
@@ -498,6 +541,67 @@ mod tests {
         assert!(gone.poll().is_pending());
         assert_eq!(group.0.waiting().len(), 1);
         drop((waits, gone));
+        assert_eq!(group.0.waiting().len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dr_od04_bug_who_waited_was_not_told_that_members_came_or_went_layer() {
+        let group = OutlierGroup::new("a", OutlierDetection { min_health_percent: 60, ..config() });
+        let bad = group.endpoint(addr(1));
+        let _good = group.endpoint(addr(2));
+        let failing = bad.layer(answers(500, &Arc::default()));
+        assert_eq!([ask(&failing).await, ask(&failing).await], [500, 500]);
+        let mut waits = Waits::new(bad.layer(ReadyTimes(Arc::default())));
+        assert!(waits.poll().is_pending(), "too few are left, so all are asked");
+        let more: Vec<_> = (3..5).map(|port| group.endpoint(addr(port))).collect();
+        assert!(bad.is_ejected(), "enough are left");
+        assert!(waits.is_woken(), "nothing else will wake it");
+        assert!(waits.poll().is_ready());
+        drop(more);
+        assert!(!bad.is_ejected(), "too few again");
+        let worse = group.endpoint(addr(6));
+        let failing = worse.layer(answers(500, &Arc::default()));
+        let more: Vec<_> = (7..9).map(|port| group.endpoint(addr(port))).collect();
+        assert_eq!([ask(&failing).await, ask(&failing).await], [500, 500]);
+        let mut waits = Waits::new(bad.layer(ReadyTimes(Arc::default())));
+        assert_eq!(group.with_outliers(Detector::ejected), 2);
+        // Three of five are 60 %: enough.
+        assert!(waits.poll().is_ready());
+        drop(more);
+        assert!(waits.poll().is_pending(), "one of three");
+        drop((worse, failing));
+        assert_eq!(group.with_outliers(Detector::ejected), 1, "who is gone is none of the ejected");
+        assert!(waits.is_woken());
+    }
+
+    /// A waker that ends another which waits when it is dropped, as a task that nobody holds any more does.
+    struct Ends(Mutex<Option<Wait>>);
+
+    impl std::task::Wake for Ends {
+        fn wake(self: Arc<Self>) {}
+    }
+
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            drop(self.0.lock().unwrap().take());
+        }
+    }
+
+    #[test]
+    fn bug_a_waker_that_ended_another_which_waits_waited_for_itself() {
+        let group = OutlierGroup::new("a", config());
+        let (done, is_done) = std::sync::mpsc::channel();
+        let waiting = Arc::clone(&group.0);
+        // Apart: with the bug it never comes back.
+        std::thread::spawn(move || {
+            let wait = Wait::new(&waiting);
+            wait.by(&Arc::new(Ends(Some(Wait::new(&waiting)).into())).into());
+            wait.by(Waker::noop());
+            wait.by(&Arc::new(Ends(Some(Wait::new(&waiting)).into())).into());
+            drop(wait);
+            done.send(()).unwrap();
+        });
+        is_done.recv_timeout(Duration::from_secs(60)).expect("it comes back");
         assert_eq!(group.0.waiting().len(), 0);
     }
 

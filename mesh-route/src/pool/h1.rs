@@ -12,6 +12,7 @@ mod handle;
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
+use std::iter;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Instant;
@@ -68,6 +69,13 @@ struct Conn {
     meta: Box<ConnMeta>,
 }
 
+/// What a sweep found: connections that have expired, and places in the queue that nobody holds any more.
+#[derive(Debug, Default)]
+pub(crate) struct Swept {
+    idle: Vec<Idle>,
+    waiters: Vec<oneshot::Sender<Conn>>,
+}
+
 /// A connection that one request has to itself.
 #[derive(Debug)]
 pub(crate) struct Lease {
@@ -82,10 +90,15 @@ impl Pool {
         found.extend(self.idle.iter().filter_map(|idle| idle.conn.meta.unjudged()));
     }
 
-    /// Moves expired connections out; whether the pool is still needed.
-    pub(crate) fn sweep(&mut self, now: Instant, expired: &mut Vec<Idle>) -> bool {
-        expired.extend(self.idle.extract_if(.., |idle| !idle.is_usable(now)));
-        self.waiters.retain(|waiter| !waiter.is_closed());
+    /// Moves out what is of no use any more; whether the pool is still needed.
+    pub(crate) fn sweep(&mut self, now: Instant, swept: &mut Swept) -> bool {
+        swept.idle.extend(self.idle.extract_if(.., |idle| !idle.is_usable(now)));
+        if self.waiters.iter().any(oneshot::Sender::is_closed) {
+            let (gone, waiters): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut self.waiters).into_iter().partition(oneshot::Sender::is_closed);
+            swept.waiters.extend(gone);
+            self.waiters = waiters.into();
+        }
         // Who waits for a connection that is being made holds `changed`, and finds here what came of it.
         let is_awaited = self.connecting > 0 || Arc::strong_count(&self.changed) > 1;
         self.open > 0 || is_awaited || !self.idle.is_empty() || !self.waiters.is_empty()
@@ -112,16 +125,6 @@ impl Pool {
     fn checkout_busy(&mut self, busy: &mut Vec<Conn>) {
         let open = self.idle.extract_if(.., |idle| !idle.conn.handle.is_closed());
         busy.extend(open.map(|idle| idle.conn));
-    }
-
-    fn give_back(&mut self, mut conn: Conn, now: Instant) {
-        while let Some(waiter) = self.waiters.pop_front() {
-            match waiter.send(conn) {
-                Ok(()) => return,
-                Err(back) => conn = back,
-            }
-        }
-        self.idle.push(Idle { conn, since: now });
     }
 }
 
@@ -284,9 +287,22 @@ impl Lease {
         if !self.conn.handle.take_back() || !self.conn.meta.is_fresh(mesh_core::clock::now) {
             return;
         }
-        let now = mesh_core::clock::now();
-        let mut inner = self.shard.lock();
-        inner.h1.entry(self.endpoint).or_default().give_back(self.conn, now);
+        let Self { mut conn, endpoint, shard } = self;
+        let since = mesh_core::clock::now();
+        loop {
+            let mut inner = shard.lock();
+            let pool = inner.h1.entry(endpoint).or_default();
+            let Some(waiter) = pool.waiters.pop_front() else {
+                pool.idle.push(Idle { conn, since });
+                return;
+            };
+            drop(inner);
+            // Outside the lock: it wakes who waits.
+            match waiter.send(conn) {
+                Ok(()) => return,
+                Err(back) => conn = back,
+            }
+        }
     }
 }
 
@@ -368,11 +384,14 @@ impl Drop for Waiting<'_> {
         if let Some(receiver) = &mut self.receiver {
             receiver.close();
         }
+        let mut gone = Vec::new();
         if let Some(pool) = self.shard.lock().h1.get_mut(&self.endpoint) {
             pool.waiting = pool.waiting.saturating_sub(1);
-            while pool.waiters.pop_back_if(|last| last.is_closed()).is_some() {}
-            while pool.waiters.pop_front_if(|first| first.is_closed()).is_some() {}
+            gone.extend(iter::from_fn(|| pool.waiters.pop_back_if(|last| last.is_closed())));
+            gone.extend(iter::from_fn(|| pool.waiters.pop_front_if(|first| first.is_closed())));
         }
+        // Outside the lock: each may be the last to hold the task that waited.
+        drop(gone);
         if let Some(Ok(conn)) = self.receiver.take().map(|mut receiver| receiver.try_recv()) {
             Lease { conn, endpoint: self.endpoint, shard: Arc::clone(self.shard) }.give_back();
         }
@@ -435,9 +454,123 @@ impl Connecting {
 
 impl Drop for Connecting {
     fn drop(&mut self) {
-        if let Some(pool) = self.shard.lock().h1.get_mut(&self.endpoint) {
+        let changed = self.shard.lock().h1.get_mut(&self.endpoint).map(|pool| {
             pool.connecting = pool.connecting.saturating_sub(1);
-            pool.changed.notify_waiters();
+            Arc::clone(&pool.changed)
+        });
+        // Outside the lock: it wakes who waits.
+        if let Some(changed) = changed {
+            changed.notify_waiters();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::Pin;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::task::{Context, Wake, Waker};
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Counts how often it was woken or dropped, and how often of them under the lock of the shard.
+    #[derive(Clone)]
+    struct Foreign(Arc<Shard>, Arc<[AtomicU32; 2]>);
+
+    impl Foreign {
+        fn new(shard: &Arc<Shard>) -> (Self, Arc<[AtomicU32; 2]>) {
+            let seen = Arc::<[AtomicU32; 2]>::default();
+            (Self(Arc::clone(shard), Arc::clone(&seen)), seen)
+        }
+
+        fn called(&self) {
+            self.1[0].fetch_add(1, Ordering::Relaxed);
+            self.1[1].fetch_add(u32::from(!self.0.is_free()), Ordering::Relaxed);
+        }
+    }
+
+    impl Wake for Foreign {
+        fn wake(self: Arc<Self>) {
+            self.called();
+        }
+    }
+
+    impl Drop for Foreign {
+        fn drop(&mut self) {
+            self.called();
+        }
+    }
+
+    fn polled<F: Future>(future: Pin<&mut F>, foreign: Foreign) {
+        let waker = Waker::from(Arc::new(foreign));
+        assert!(future.poll(&mut Context::from_waker(&waker)).is_pending());
+    }
+
+    fn counted(seen: &[AtomicU32; 2]) -> [u32; 2] {
+        [0, 1].map(|at| seen[at].load(Ordering::Relaxed))
+    }
+
+    fn parts() -> (Arc<Shard>, Arc<Endpoint>) {
+        (Shard::seeded(1), Arc::new(Endpoint::secured(([127, 0, 0, 1], 1).into(), None)))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bug_who_waited_was_woken_and_dropped_under_the_lock_of_the_shard() {
+        let (shard, endpoint) = parts();
+        // Who is told that a connection has been made.
+        let (foreign, seen) = Foreign::new(&shard);
+        let change = Arc::clone(&shard.lock().h1.entry(endpoint.id()).or_default().changed);
+        let connecting = Connecting::new(&shard, endpoint.id());
+        let mut notified = std::pin::pin!(change.notified());
+        polled(notified.as_mut(), foreign);
+        drop(connecting);
+        assert_eq!(counted(&seen), [2, 0], "woken and dropped");
+        // Who is given a connection, after one that has given up.
+        let mut waits: Vec<_> = (0..2).map(|_| Waiting::new(&shard, endpoint.id())).collect();
+        let seen: Vec<_> = waits
+            .iter_mut()
+            .map(|waiting| {
+                let (foreign, seen) = Foreign::new(&shard);
+                waiting.queue();
+                polled(std::pin::pin!(waiting.given()), foreign);
+                seen
+            })
+            .collect();
+        waits[0].receiver.as_mut().unwrap().close();
+        let (client, _server) = tokio::io::duplex(1024);
+        let (sender, _connection) = http1::handshake(TokioIo::new(client)).await.unwrap();
+        let meta = ConnMeta::new(None, None, &endpoint, &PoolSettings::default());
+        let conn = Conn { handle: Handle::new(sender).0, meta: Box::new(meta) };
+        Lease { conn, endpoint: endpoint.id(), shard: Arc::clone(&shard) }.give_back();
+        assert!(waits[1].given().await.is_some());
+        drop(waits);
+        for seen in seen {
+            let [called, under] = counted(&seen);
+            assert!(called > 0 && under == 0, "{called} {under}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bug_a_sweep_dropped_who_had_waited_under_the_lock_of_the_shard() {
+        let (shard, endpoint) = parts();
+        let mut first = Waiting::new(&shard, endpoint.id());
+        let mut gone = Waiting::new(&shard, endpoint.id());
+        let mut last = Waiting::new(&shard, endpoint.id());
+        let (foreign, seen) = Foreign::new(&shard);
+        [&mut first, &mut gone, &mut last].into_iter().for_each(Waiting::queue);
+        polled(std::pin::pin!(gone.given()), foreign);
+        // In the middle, where it is left for the sweep.
+        drop(gone);
+        shard.sweep();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(counted(&seen), [1, 0]);
+        // At an end it goes with the next that goes.
+        let (foreign, seen) = Foreign::new(&shard);
+        polled(std::pin::pin!(first.given()), foreign);
+        first.receiver.as_mut().unwrap().close();
+        drop(last);
+        drop(first);
+        assert_eq!(counted(&seen), [1, 0]);
     }
 }

@@ -165,8 +165,9 @@ impl Lease {
                 let mut inner = shard.lock();
                 let pool = inner.h2.entry(endpoint.id()).or_default();
                 if let Some(lease) = pool.checkout(&mut ended) {
+                    drop(inner);
                     // One notification wakes one request; there may be room for the next.
-                    pool.changed.notify_one();
+                    change.notify_one();
                     return Ok(lease);
                 }
                 if dial.is_some() {
@@ -365,9 +366,13 @@ impl Connecting {
 
 impl Drop for Connecting {
     fn drop(&mut self) {
-        if let Some(pool) = self.shard.lock().h2.get_mut(&self.endpoint) {
+        let changed = self.shard.lock().h2.get_mut(&self.endpoint).map(|pool| {
             pool.connecting = pool.connecting.saturating_sub(1);
-            pool.changed.notify_waiters();
+            Arc::clone(&pool.changed)
+        });
+        // Outside the lock: it wakes who waits.
+        if let Some(changed) = changed {
+            changed.notify_waiters();
         }
     }
 }

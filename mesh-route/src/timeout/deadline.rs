@@ -183,13 +183,25 @@ impl Received {
 
     /// Until when there is time, and whether the request is whole.
     fn poll(&self, cx: &Context<'_>) -> Poll<(Instant, bool)> {
-        let mut progress = self.lock();
-        match progress.deadline {
-            Some(deadline) => Poll::Ready((deadline, progress.whole)),
-            None => {
-                progress.waiting = Some(cx.waker().clone());
-                Poll::Pending
+        // Cloned and dropped outside the lock: whoever is the last to hold a task ends it, and with it this body.
+        let mut waiting = None;
+        loop {
+            let mut progress = self.lock();
+            if let Some(deadline) = progress.deadline {
+                let known = (deadline, progress.whole);
+                drop(progress);
+                return Poll::Ready(known);
             }
+            if progress.waiting.as_ref().is_some_and(|waiting| waiting.will_wake(cx.waker())) {
+                return Poll::Pending;
+            }
+            if waiting.is_some() {
+                std::mem::swap(&mut progress.waiting, &mut waiting);
+                drop(progress);
+                return Poll::Pending;
+            }
+            drop(progress);
+            waiting = Some(cx.waker().clone());
         }
     }
 

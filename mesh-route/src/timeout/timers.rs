@@ -5,7 +5,7 @@
 //! [`Relay`], which has forgotten whom.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
@@ -80,11 +80,19 @@ pub(super) struct Relay(Mutex<Option<Waker>>);
 
 impl Relay {
     pub(super) fn set(&self, waker: Option<&Waker>) {
-        let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match (&mut *waiting, waker) {
-            (Some(waiting), Some(waker)) => waiting.clone_from(waker),
-            (waiting, waker) => *waiting = waker.cloned(),
+        if let Some(waker) = waker
+            && self.lock().as_ref().is_some_and(|waiting| waiting.will_wake(waker))
+        {
+            return;
         }
+        let waiting = waker.cloned();
+        let before = std::mem::replace(&mut *self.lock(), waiting);
+        // Outside the lock: whoever is the last to hold a task ends it.
+        drop(before);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Waker>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -94,7 +102,7 @@ impl Wake for Relay {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        let waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let waiting = self.lock().take();
         if let Some(waker) = waiting {
             waker.wake();
         }
