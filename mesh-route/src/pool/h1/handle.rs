@@ -127,3 +127,78 @@ impl Drop for Handle {
         drop(self.lent.take());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hyper::client::conn::http1;
+    use hyper_util::rt::TokioIo;
+    use tokio::io::DuplexStream;
+
+    use super::*;
+
+    type Connection = http1::Connection<TokioIo<DuplexStream>, Body>;
+
+    /// A handle whose connection is not driven, and the other end of it.
+    async fn handle() -> (Handle, End, Connection, DuplexStream) {
+        let (client, server) = tokio::io::duplex(1024);
+        let (sender, connection) = http1::handshake(TokioIo::new(client)).await.unwrap();
+        let (handle, end) = Handle::new(sender);
+        (handle, end, connection, server)
+    }
+
+    fn kept(lent: &Lent) -> &'static str {
+        match &*lent.0.lock().unwrap() {
+            State::Nothing => "nothing",
+            State::Sender(_) => "a sender",
+            State::Ended => "the end",
+        }
+    }
+
+    #[tokio::test]
+    async fn a_handle_is_lent_while_a_request_is_under_way() {
+        let (mut handle, _end, _connection, _server) = handle().await;
+        assert_eq!((kept(&handle.lent), handle.is_closed()), ("nothing", false));
+        let sending = handle.send(Request::new(Body::empty()));
+        assert_eq!((kept(&handle.lent), handle.is_closed(), handle.is_ready()), ("a sender", true, false));
+        assert!(handle.take_back());
+        assert_eq!((kept(&handle.lent), handle.is_closed()), ("nothing", false));
+        assert!(handle.take_back(), "again, it is there already");
+        drop(sending);
+    }
+
+    #[tokio::test]
+    async fn a_handle_that_is_lent_after_the_end_of_its_connection_is_dropped_and_its_request_comes_back() {
+        let (mut handle, end, connection, _server) = handle().await;
+        drop(end);
+        // What hyper has taken it leaves between the two: the sender is all that holds it.
+        let sending = handle.send(Request::get("/left").body(Body::empty()).unwrap());
+        assert_eq!(kept(&handle.lent), "the end", "it is not kept");
+        drop(connection);
+        let mut error = sending.await.unwrap_err();
+        assert_eq!(error.take_message().unwrap().uri(), "/left");
+        assert!(!handle.take_back() && !handle.take_back(), "nor given back");
+        assert_eq!(kept(&handle.lent), "the end");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_ends_before_its_handle_is_taken_back_drops_it() {
+        let (mut handle, end, connection, _server) = handle().await;
+        let sending = handle.send(Request::get("/left").body(Body::empty()).unwrap());
+        assert_eq!(kept(&handle.lent), "a sender");
+        drop(end);
+        assert_eq!(kept(&handle.lent), "the end");
+        drop(connection);
+        assert!(sending.await.unwrap_err().take_message().is_some());
+        assert!(!handle.take_back() && handle.is_closed());
+        assert_eq!(kept(&handle.lent), "the end", "taking it back does not undo it");
+    }
+
+    #[tokio::test]
+    async fn a_handle_that_is_dropped_lets_its_connection_end() {
+        let (mut handle, _end, connection, _server) = handle().await;
+        let sending = handle.send(Request::new(Body::empty()));
+        drop((handle, sending));
+        // Without a sender there is nothing to wait for: the request was cancelled before it was written.
+        connection.await.unwrap();
+    }
+}
