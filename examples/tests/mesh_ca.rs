@@ -451,13 +451,22 @@ async fn nobody_gets_what_is_not_its_own() {
     // A line that is taken away is refused at once.
     std::fs::write(place.0.file("state/bootstrap-tokens"), "").unwrap();
     assert_eq!(ask(&token, &own).await.unwrap_err().0, Code::Unauthenticated);
-    // And one that cannot be read changes nothing.
+    // And a list that cannot be read is none: whoever wrote it may have ended any of them.
     let again = place.token("reviews", &[]);
     let lines = std::fs::read_to_string(place.0.file("state/bootstrap-tokens")).unwrap();
     assert!(ask(&again, &own).await.is_ok());
     std::fs::write(place.0.file("state/bootstrap-tokens"), format!("{lines}nonsense\n")).unwrap();
-    assert!(ask(&again, &own).await.is_ok());
+    assert_eq!(ask(&again, &own).await.unwrap_err().0, Code::Unavailable);
     assert!(authority.stderr().contains("line 2"), "{}", authority.stderr());
+    std::fs::write(place.0.file("state/bootstrap-tokens"), &lines).unwrap();
+    assert!(ask(&again, &own).await.is_ok());
+    let list = place.0.file("state/bootstrap-tokens");
+    let chmod = |mode| std::fs::set_permissions(&list, std::fs::Permissions::from_mode(mode)).unwrap();
+    chmod(0o644);
+    assert_eq!(ask(&again, &own).await.unwrap_err().0, Code::Unavailable);
+    assert!(authority.stderr().contains("`chmod 600`"), "{}", authority.stderr());
+    chmod(0o600);
+    assert!(ask(&again, &own).await.is_ok());
     // Plaintext is reset before a byte of it is read.
     assert_eq!(get(authority.address("ca"), "ca", "/").await.status, 0);
 }
@@ -557,6 +566,41 @@ async fn a_directory_is_one_authoritys_and_closed_to_others() {
     open(&place.state(), 0o700);
     place.0.write("state/state.json", "{");
     fails(&["--listen", ANY], "it is no JSON");
+}
+
+#[test]
+fn bug_a_new_root_that_ended_within_the_overlap_was_made() {
+    let place = Place::new();
+    let authority = place.serve(ANY, &["--leaf-ttl", "1h"]);
+    let short = place.run(&["rotate", "--root-ttl", "2h"]);
+    let stderr = String::from_utf8_lossy(&short.stderr);
+    assert!(!short.status.success() && stderr.contains("has to live for more than 7202s"), "{stderr}");
+    drop(authority);
+    assert!(place.run(&["rotate", "--root-ttl", "3h"]).status.success());
+}
+
+#[tokio::test]
+async fn bug_whoever_held_the_lock_of_the_state_held_the_authority() {
+    let place = Place::new();
+    let mut authority = place.serve(ANY, &["--leaf-ttl", "1h"]);
+    let address = authority.address("ca").to_string();
+    let token = place.token("reviews", &[]);
+    let held = std::fs::File::options().write(true).open(place.0.file("state/state.lock")).unwrap();
+    held.lock().unwrap();
+    // What is there for a look to do: the state has another time.
+    let state = std::fs::File::options().write(true).open(place.0.file("state/state.json")).unwrap();
+    state.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let client = IstioCa::new(&address, token.into(), place.roots().into(), provider).unwrap();
+    let (nothing, own) = (Material::default(), csr("spiffe://cluster.local/ns/default/sa/reviews"));
+    let ask = async || client.sign(Question::new(&own, Duration::from_secs(3600), &nothing)).await;
+    ask().await.unwrap();
+    says(&authority, "another process has held the lock", 1).await;
+    ask().await.unwrap();
+    authority.signal("TERM");
+    let ended = tokio::time::timeout(Duration::from_secs(20), authority.wait()).await;
+    assert!(ended.expect("it ends by itself").success());
+    drop(held);
 }
 
 #[test]

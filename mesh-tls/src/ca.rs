@@ -31,14 +31,19 @@ use rustls::pki_types::{
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::prelude::FromDer as _;
 
-pub use self::authorities::{Authorities, Rotation, RotationUnderWay};
+pub use self::authorities::{Authorities, CannotRotate, Rotation};
 pub use self::tokens::{BootstrapToken, BootstrapTokens, InvalidTokens, TokenRefusal};
 
-use crate::certificate::Leaf;
+use crate::certificate::{Leaf, printable};
 use crate::source::{Identity, InvalidIdentity};
 
 /// How far clocks may differ: certificates begin this much before they are signed.
 pub const CLOCK_SKEW: Duration = Duration::from_secs(120);
+
+/// The last moment that a certificate can say: years have four digits.
+fn last() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(253_402_300_799)
+}
 
 /// Signs for one trust domain.
 #[derive(Debug)]
@@ -94,7 +99,7 @@ pub enum CaError {
     /// The request asks for somebody else.
     #[error("the signing request asks for {asked}, and {id} may be had")]
     SomebodyElse {
-        /// What the request names.
+        /// What the request names: escaped and cut, as a stranger wrote it.
         asked: String,
         /// Who the caller may be.
         id: SpiffeId,
@@ -108,6 +113,14 @@ pub enum CaError {
     /// The authority's own certificate is over, or not begun.
     #[error("the authority's own certificate is not valid now")]
     NotValid,
+    /// The clock and the life that was asked for make no time that a certificate can say.
+    #[error("no certificate can live from {now:?} for {lifetime:?}")]
+    Lifetime {
+        /// What the clock says.
+        now: SystemTime,
+        /// How long it was to live.
+        lifetime: Duration,
+    },
     /// Signing failed.
     #[error("cannot sign: {0}")]
     Sign(rcgen::Error),
@@ -123,7 +136,7 @@ impl Authority {
     /// A new authority for `trust_domain`, with a root that lives for `lifetime`.
     ///
     /// # Errors
-    /// When the system gives no key.
+    /// When the system gives no key, or the root would end after the year 9999.
     pub fn new(trust_domain: TrustDomain, now: SystemTime, lifetime: Duration) -> Result<Self, CaError> {
         let key = KeyPair::generate().map_err(CaError::Sign)?;
         let mut params = CertificateParams::default();
@@ -136,8 +149,8 @@ impl Authority {
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
-        params.not_before = (now - CLOCK_SKEW).into();
-        params.not_after = (now + lifetime).into();
+        params.not_before = begin(now, lifetime)?.into();
+        params.not_after = end(now, lifetime)?.into();
         params.serial_number = Some(serial());
         params.key_identifier_method = KeyIdMethod::Sha256;
         let root = params.self_signed(&key).map_err(CaError::Sign)?;
@@ -222,8 +235,8 @@ impl Authority {
             let same = matches!(name, SanType::URI(asked) if asked.as_str() == id.as_str());
             if !same {
                 let asked = match name {
-                    SanType::URI(name) | SanType::DnsName(name) => name.as_str().to_owned(),
-                    other => format!("{other:?}"),
+                    SanType::URI(name) | SanType::DnsName(name) => printable(name.as_str()),
+                    other => printable(&format!("{other:?}")),
                 };
                 return Err(CaError::SomebodyElse { asked, id: id.clone() });
             }
@@ -279,7 +292,7 @@ impl Authority {
     /// The list of revoked certificates, by serial number, until `lifetime` from now.
     ///
     /// # Errors
-    /// When signing fails.
+    /// When signing fails, or the list would end after the year 9999.
     pub fn revoke(
         &self,
         serials: &[Vec<u8>],
@@ -295,7 +308,7 @@ impl Authority {
         let number = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let list = CertificateRevocationListParams {
             this_update: now.into(),
-            next_update: (now + lifetime).into(),
+            next_update: end(now, lifetime)?.into(),
             crl_number: SerialNumber::from(number),
             issuing_distribution_point: None,
             revoked_certs: serials.iter().map(revoked).collect(),
@@ -334,8 +347,8 @@ impl Authority {
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, self.trust_domain.as_str());
         params.is_ca = IsCa::ExplicitNoCa;
-        params.not_before = (now - CLOCK_SKEW).into();
-        params.not_after = (now + lifetime).min(self.not_after).into();
+        params.not_before = begin(now, lifetime)?.into();
+        params.not_after = end(now, lifetime).map_or(self.not_after, |end| end.min(self.not_after)).into();
         params.serial_number = Some(serial());
         params.use_authority_key_identifier_extension = true;
         params.key_identifier_method = KeyIdMethod::Sha256;
@@ -377,6 +390,19 @@ impl fmt::Debug for Issued {
     }
 }
 
+/// When a certificate begins that is signed now.
+fn begin(now: SystemTime, lifetime: Duration) -> Result<SystemTime, CaError> {
+    // X.509 has years from 1950 on; nothing is signed for the time before the epoch.
+    let begin = now.checked_sub(CLOCK_SKEW).filter(|begin| (SystemTime::UNIX_EPOCH..last()).contains(begin));
+    begin.ok_or(CaError::Lifetime { now, lifetime })
+}
+
+/// When it ends.
+fn end(now: SystemTime, lifetime: Duration) -> Result<SystemTime, CaError> {
+    let end = now.checked_add(lifetime).filter(|end| *end <= last());
+    end.ok_or(CaError::Lifetime { now, lifetime })
+}
+
 fn uri(text: &str) -> Result<SanType, CaError> {
     Ok(SanType::URI(text.try_into().map_err(CaError::Sign)?))
 }
@@ -392,4 +418,43 @@ fn serial() -> SerialNumber {
     let mut bytes = rand::random::<u128>().to_be_bytes();
     bytes[0] = bytes[0] & 0x7f | 0x40;
     SerialNumber::from_slice(&bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn authority() -> Authority {
+        Authority::new("cluster.local".parse().unwrap(), SystemTime::now(), HOUR).unwrap()
+    }
+
+    #[test]
+    fn bug_a_name_that_was_asked_for_wrote_lines_of_its_own_into_the_log() {
+        let forged = format!("spiffe://x\n2026-01-01 INFO signed id=root\u{1b}[31m{}", "x".repeat(10_000));
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![SanType::URI(forged.as_str().try_into().unwrap())];
+        let request = params.serialize_request(&KeyPair::generate().unwrap()).unwrap();
+        let id = "spiffe://cluster.local/ns/a/sa/b".parse().unwrap();
+        let error = authority().sign(request.der(), &id, SystemTime::now(), HOUR).unwrap_err().to_string();
+        assert!(error.contains("signed id=root") && error.len() < 1000, "{error}");
+        assert!(!error.contains(char::is_control), "{error:?}");
+    }
+
+    #[test]
+    fn bug_a_life_without_end_was_a_panic() {
+        let (now, domain) = (SystemTime::now(), "cluster.local".parse::<TrustDomain>().unwrap());
+        for lifetime in [Duration::MAX, Duration::from_secs(400_000_000_000)] {
+            let root = Authority::new(domain.clone(), now, lifetime);
+            assert!(matches!(root, Err(CaError::Lifetime { .. })), "{root:?}");
+            let authority = authority();
+            assert!(matches!(authority.revoke(&[], now, lifetime), Err(CaError::Lifetime { .. })));
+            // A leaf ends with its authority in any case.
+            let issued = authority.issue(&"spiffe://cluster.local/ns/a/sa/b".parse().unwrap(), now, lifetime);
+            assert_eq!(issued.unwrap().certificate.not_after, authority.not_after());
+        }
+        let before = authority().issue_server(&[], SystemTime::UNIX_EPOCH, HOUR);
+        assert!(matches!(before, Err(CaError::Lifetime { .. })));
+    }
 }

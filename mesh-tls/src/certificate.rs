@@ -112,6 +112,11 @@ impl Leaf {
     }
 }
 
+/// What a stranger wrote, for a log: bounded, and without control characters.
+pub(crate) fn printable(name: &str) -> String {
+    name.chars().take(256).flat_map(char::escape_debug).collect()
+}
+
 /// What is known of a peer whose chain was verified. Only its one URI name can be its identity.
 ///
 /// # Errors

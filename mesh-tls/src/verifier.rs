@@ -24,7 +24,7 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
 use webpki::{EndEntityCert, KeyUsage, RevocationOptionsBuilder, UnknownStatusPolicy};
 
-use crate::certificate::{Leaf, sha256};
+use crate::certificate::{Leaf, printable, sha256};
 use crate::source::Materials;
 
 /// What a peer's certificate has to be, beyond a chain that holds.
@@ -258,6 +258,9 @@ fn expected(leaf: &Leaf, any_of: &[String]) -> Result<(), Refusal> {
     Err(Refusal::NotExpected { found: names(leaf), expected: any_of.join(", ") })
 }
 
+/// The most characters of a peer's names that a log has.
+const MAX_NAMES: usize = 1024;
+
 fn names(leaf: &Leaf) -> String {
     let addresses = leaf.ip_sans.iter().map(ToString::to_string);
     let all: Vec<_> = leaf
@@ -268,12 +271,7 @@ fn names(leaf: &Leaf) -> String {
         .map(|name| printable(name))
         .chain(addresses)
         .collect();
-    if all.is_empty() { "nobody".to_owned() } else { all.join(", ") }
-}
-
-/// What a stranger wrote, for a log: bounded, and without control characters.
-fn printable(name: &str) -> String {
-    name.chars().take(256).flat_map(char::escape_debug).collect()
+    if all.is_empty() { "nobody".to_owned() } else { all.join(", ").chars().take(MAX_NAMES).collect() }
 }
 
 impl From<Refusal> for rustls::Error {

@@ -178,6 +178,73 @@ async fn who_is_not_the_authority_is_told_nothing() {
 }
 
 #[tokio::test]
+async fn bug_a_root_that_was_taken_out_of_the_file_stayed_trusted() {
+    let (old, next, other) = (authority(), authority(), authority());
+    let serve = |ca: &Arc<Authority>| {
+        let (signing, roots) = (Arc::clone(ca), [&old, &next].map(|ca| ca.root_pem().to_owned()).concat());
+        Service::start(ca, &["127.0.0.1"], move |call, _| {
+            let now = SystemTime::now();
+            Ok(vec![sign(&signing, &call.request.csr, REVIEWS, now, HOUR)[0].clone(), roots.clone()])
+        })
+    };
+    let (by_old, by_next) = (serve(&old), serve(&next));
+    let both = [old.root_pem(), next.root_pem()].concat();
+    let named =
+        Material { identity: None, bundle: Arc::new(TrustBundle::from_pem(both.as_bytes()).unwrap()) };
+    let (token, roots) = (File::new("gone", "secret"), File::new("gone-roots", old.root_pem()));
+    // One address, behind which now one server is and now the other.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let behind = Arc::new(Mutex::new(by_old.address));
+    let target = Arc::clone(&behind);
+    let relay = tokio::spawn(async move {
+        loop {
+            let (mut here, _) = listener.accept().await.unwrap();
+            let target = *target.lock().unwrap();
+            tokio::spawn(async move {
+                let mut there = tokio::net::TcpStream::connect(target).await.unwrap();
+                // Whoever ends first, ends it.
+                let _ = tokio::io::copy_bidirectional(&mut here, &mut there).await;
+            });
+        }
+    });
+    let client = IstioCa::new(&address, token.0.clone(), roots.0.clone(), provider()).unwrap();
+    let believes = async |service: &Service, client: &IstioCa| {
+        *behind.lock().unwrap() = service.address;
+        let asked = ask(client, &named).await;
+        assert!(matches!(asked, Ok(_) | Err(CaClientError::Handshake { .. })), "{asked:?}");
+        asked.is_ok()
+    };
+    // Nobody has named the next one to this client.
+    assert!(!believes(&by_next, &client).await);
+    // It was named under the file, and is believed beside it, and beside what is added to it.
+    assert!(believes(&by_old, &client).await && believes(&by_next, &client).await);
+    std::fs::write(&roots.0, [old.root_pem(), other.root_pem()].concat()).unwrap();
+    assert!(believes(&by_next, &client).await);
+    // The old one is taken out: neither it nor whom it named is believed, whoever names them again.
+    std::fs::write(&roots.0, other.root_pem()).unwrap();
+    assert!(!believes(&by_old, &client).await && !believes(&by_next, &client).await);
+    std::fs::write(&roots.0, next.root_pem()).unwrap();
+    assert!(believes(&by_next, &client).await && !believes(&by_old, &client).await);
+    // A file that cannot be read leaves what was named.
+    std::fs::write(&roots.0, "").unwrap();
+    assert!(believes(&by_next, &client).await && !believes(&by_old, &client).await);
+    relay.abort();
+}
+
+#[tokio::test]
+async fn bug_a_token_that_is_too_long_was_cut() {
+    let ca = authority();
+    let refuse = |_: &Call, _: Option<&PeerInfo>| Err(Status::new(Code::Internal, "never asked"));
+    let service = Service::start(&ca, &["127.0.0.1"], refuse);
+    let (token, roots) =
+        (File::new("long", &"x".repeat(16 * 1024 + 1)), File::new("long-roots", ca.root_pem()));
+    let error = ask(&service.client(&token, &roots), &Material::default()).await.unwrap_err();
+    assert!(matches!(error, CaClientError::Token { .. }), "{error}");
+    assert!(error.to_string().contains("longer than 16384 bytes") && service.told().is_empty(), "{error}");
+}
+
+#[tokio::test]
 async fn an_authority_that_forgot_its_root_takes_the_token_alone() {
     let (ca, forgotten) = (authority(), authority());
     let signing = Arc::clone(&ca);
@@ -421,14 +488,33 @@ async fn d3_a_clock_that_is_set_is_heeded() {
     running.abort();
 }
 
-#[tokio::test(start_paused = true)]
+/// In real time, as real sockets are: a paused clock would jump to the end before the first packet came.
+#[tokio::test]
 async fn d10_an_authority_that_says_nothing_is_given_up() {
+    use tokio::io::AsyncReadExt as _;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (token, roots) = (File::new("silent", "secret"), File::new("silent-roots", authority().root_pem()));
     let address = listener.local_addr().unwrap().to_string();
+    let patience = SECOND / 2;
     let client = IstioCa::new(&address, token.0.clone(), roots.0.clone(), provider()).unwrap();
-    let error = ask(&client, &Material::default()).await.unwrap_err();
-    assert!(matches!(error, CaClientError::TooLate { .. }), "{error}");
+    let client = client.patience(patience);
+    // It takes the first words of the handshake, and holds the connection until the client lets go of it.
+    let silent = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut heard = Vec::new();
+        stream.read_to_end(&mut heard).await.unwrap();
+        heard
+    });
+    let began = mesh_core::clock::now();
+    let error = tokio::time::timeout(30 * SECOND, ask(&client, &Material::default())).await;
+    let error = error.expect("it is given up").unwrap_err();
+    assert!(
+        matches!(error, CaClientError::TooLate { patience: waited, .. } if waited == patience),
+        "{error}"
+    );
+    assert!(began.elapsed() >= patience);
+    let heard = tokio::time::timeout(30 * SECOND, silent).await.expect("the connection ends").unwrap();
+    assert_eq!(heard.first(), Some(&22), "a handshake was begun");
 }
 
 #[tokio::test(start_paused = true)]

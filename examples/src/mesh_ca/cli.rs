@@ -48,7 +48,7 @@ pub struct MeshCa {
     pub root_ttl: Duration,
 
     /// Who may ask with a token, a line each: SHA256-OF-TOKEN NAMESPACE SERVICE-ACCOUNT END; read anew when it changes, and
-    /// a line that is gone is refused at once [default: bootstrap-tokens in --dir]
+    /// a line that is gone is refused at once; while the list cannot be read, tokens prove nothing [default: bootstrap-tokens in --dir]
     #[arg(long, value_name = "FILE", global = true)]
     pub bootstrap_tokens: Option<PathBuf>,
 
@@ -90,7 +90,7 @@ pub struct Token {
 /// What `mesh-ca rotate` takes.
 #[derive(Clone, Debug, Args)]
 pub struct Rotate {
-    /// How long the new root lives
+    /// How long the new root lives: more than twice the longest --leaf-ttl
     #[arg(long, value_name = "TIME", default_value = "3650d", value_parser = parse_ttl)]
     pub root_ttl: Duration,
 }
@@ -103,7 +103,7 @@ Two workloads that speak mutual TLS (the service account of a token is that of t
   sidecar --config mesh.yaml --app 127.0.0.1:8080 --service-account reviews \\
     --ca https://127.0.0.1:15012 --ca-root ca/root-cert.pem --bootstrap-token reviews.token
 
-SIGHUP reads the directory at once, SIGTERM ends it. A signal or a crash loses nothing: what is promised is on disk
+SIGHUP reads the directory and the tokens at once, SIGTERM ends it. A signal or a crash loses nothing: what is promised is on disk
 before anybody hears of it.
 ";
 

@@ -1,6 +1,7 @@
 //! Who gets what: pure, of the call, of what is known, and of the time.
 //!
-//! A caller is who its token says, or else who its certificate says; istiod as well is content with either. Nothing of the
+//! A caller is who its certificate says, or else who its token says; istiod as well asks in this order and is content with
+//! either. Nothing of the
 //! signing request is looked at before that is known. What it names has to be the caller, and nothing else.
 
 use std::sync::Arc;
@@ -36,7 +37,7 @@ pub(super) struct Granted {
 pub(super) fn decide(
     call: &Call,
     peer: Option<&PeerInfo>,
-    tokens: &BootstrapTokens,
+    tokens: Option<&BootstrapTokens>,
     authorities: &Authorities,
     rules: &Rules,
     now: SystemTime,
@@ -61,24 +62,31 @@ pub(super) fn decide(
     Ok(Granted { id, proof, not_after: signed.not_after, chain })
 }
 
+/// `tokens` is none while the list cannot be read.
 fn caller(
     token: Option<&str>,
     peer: Option<&PeerInfo>,
-    tokens: &BootstrapTokens,
+    tokens: Option<&BootstrapTokens>,
     rules: &Rules,
     now: SystemTime,
 ) -> Result<(SpiffeId, &'static str), Status> {
-    let refused = match token.map(|token| tokens.find(token, &rules.trust_domain, now, &rules.provider)) {
-        Some(Ok(id)) => return Ok((id, "token")),
-        Some(Err(refusal)) => refusal.to_string(),
-        None => "there is no bootstrap token".to_owned(),
-    };
     // A connection may have outlived the certificate that it began with.
     let id = peer.filter(|peer| now < peer.not_after).and_then(|peer| peer.spiffe_id.clone());
-    match id {
-        Some(id) if id.trust_domain() == rules.trust_domain.as_str() => Ok((id, "certificate")),
-        _ => Err(Status::new(Code::Unauthenticated, format!("{refused}, and no valid client certificate"))),
+    if let Some(id) = id.filter(|id| id.trust_domain() == rules.trust_domain.as_str()) {
+        return Ok((id, "certificate"));
     }
+    let refused = match (token, tokens) {
+        (Some(token), Some(tokens)) => match tokens.find(token, &rules.trust_domain, now, &rules.provider) {
+            Ok(id) => return Ok((id, "token")),
+            Err(refusal) => refusal.to_string(),
+        },
+        (Some(_), None) => {
+            let words = "bootstrap tokens prove nothing while their list cannot be read";
+            return Err(Status::new(Code::Unavailable, words));
+        }
+        (None, _) => "there is no bootstrap token".to_owned(),
+    };
+    Err(Status::new(Code::Unauthenticated, format!("{refused}, and no valid client certificate")))
 }
 
 #[cfg(test)]
@@ -138,7 +146,7 @@ mod tests {
         ) -> Result<Granted, Status> {
             let request = CertificateRequest::new(csr.to_owned(), seconds);
             let call = Call::new(request, token.map(str::to_owned));
-            decide(&call, peer, &self.tokens, &self.authorities, &self.rules, now)
+            decide(&call, peer, Some(&self.tokens), &self.authorities, &self.rules, now)
         }
     }
 
@@ -160,6 +168,27 @@ mod tests {
             // A token that is over does no harm beside a certificate.
             assert_eq!(known.ask(&csr, 0, Some("old"), Some(REVIEWS)).unwrap().proof, "certificate");
         }
+    }
+
+    #[test]
+    fn bug_a_token_of_another_account_beat_a_valid_certificate() {
+        let known = Known::new();
+        let ratings = "spiffe://cluster.local/ns/default/sa/ratings";
+        let granted = known.ask(&csr(&[]), 0, Some(known.token.expose()), Some(ratings)).unwrap();
+        assert_eq!((granted.id.as_str(), granted.proof), (ratings, "certificate"));
+    }
+
+    #[test]
+    fn bug_a_list_that_could_not_be_read_left_tokens_as_proof() {
+        let known = Known::new();
+        let decide = |peer: Option<&PeerInfo>| {
+            let token = Some(known.token.expose().to_owned());
+            let call = Call::new(CertificateRequest::new(csr(&[]), 0), token);
+            decide(&call, peer, None, &known.authorities, &known.rules, known.now)
+        };
+        assert_eq!(decide(None).unwrap_err().code, Code::Unavailable);
+        let peer = PeerInfo::new(Some(REVIEWS.parse().unwrap()), known.now + HOUR);
+        assert_eq!(decide(Some(&peer)).unwrap().proof, "certificate");
     }
 
     #[test]

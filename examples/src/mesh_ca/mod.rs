@@ -7,13 +7,14 @@ pub mod cli;
 mod decide;
 mod serve;
 mod state;
+mod tokens_file;
 
 use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use mesh_tls::ca::{Authority, BootstrapToken, Rotation};
+use mesh_tls::ca::{Authority, BootstrapToken, CannotRotate, Rotation};
 use rustls::crypto::CryptoProvider;
 
 use self::cli::{Command, MeshCa, Rotate, Token};
@@ -66,29 +67,29 @@ fn begin_rotation(args: &MeshCa, rotate: &Rotate) -> Result<(), String> {
     }
     let state = State::open(&args.dir)?;
     let now = SystemTime::now();
-    let mut made = None;
-    state.update(|authorities| {
-        // What is over by now, and nobody was there to see.
-        let ended = authorities.retire(now);
+    let (authorities, _) = state.update(|authorities| {
         let domain = authorities.old().trust_domain().clone();
         let next = Authority::new(domain, now, rotate.root_ttl).map_err(|error| error.to_string())?;
         let rotation = authorities.rotation(now);
-        authorities.rotate(next).map_err(|error| match rotation {
-            Rotation::Announced(at) | Rotation::Overlap(at) => {
+        let begun = authorities.rotate(next, now);
+        begun.map(|()| true).map_err(|error| match (error, rotation) {
+            (CannotRotate::TooShort(_), _) => format!("--root-ttl: {error}"),
+            (_, Rotation::Announced(at) | Rotation::Overlap(at)) if now < at => {
                 format!("{error}: its next step is at {}", humantime::format_rfc3339_seconds(at))
             }
+            (_, Rotation::Overlap(_)) => {
+                format!(
+                    "{error}: a running mesh-ca ends it once its clock has been sure of it for ten minutes"
+                )
+            }
             _ => format!("{error}: it begins when mesh-ca runs on this directory"),
-        })?;
-        made = Some(authorities.longest_leaf());
-        Ok(ended || made.is_some())
+        })
     })?;
-    if let Some(leaf) = made {
-        println!(
-            "A new root is made. A running mesh-ca hands it out within a second; it signs {leaf} later, when every workload \
-             has heard of it, and {leaf} after that the old one is forgotten. Give {} to whoever has the old one by then.",
-            state.roots_file().display(),
-            leaf = humantime::format_duration(leaf),
-        );
-    }
+    println!(
+        "A new root is made. A running mesh-ca hands it out within a second; it signs {leaf} later, when every workload has \
+         heard of it, and {leaf} after that the old one is forgotten. Give {} to whoever has the old one by then.",
+        state.roots_file().display(),
+        leaf = humantime::format_duration(authorities.longest_leaf()),
+    );
     Ok(())
 }

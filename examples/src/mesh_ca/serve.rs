@@ -1,16 +1,17 @@
 //! The process: serves, and looks at its directory.
 //!
-//! What it knows is one [`View`], replaced as a whole when the directory or the time asks for it. A change is on disk
-//! before it is in the view, so that nobody is told of a root that a crash would forget.
+//! Calls are answered from what is known, which is replaced as a whole when the directory or the time asks for it: nobody
+//! waits for a lock or a key in the place of a call, and files are read and written where they may let us wait. A change is
+//! on disk before calls see it, so that nobody is told of a root that a crash would forget.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
+use arc_swap::ArcSwap;
 use http::Request;
 use mesh_core::server::{DrainTimes, ListenerSpec, Server, ServerLimits, WithTls};
 use mesh_core::{Body, ConnInfo, Direction, RequestContext, Slot};
@@ -19,11 +20,14 @@ use mesh_tls::istio_ca::{Call, Status, answer};
 use mesh_tls::{Acceptor, Identity, Inbound, InboundTls, Material, Materials, TrustBundle};
 use rustls::pki_types::ServerName;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
+use tokio::time::MissedTickBehavior;
 
 use super::cli::MeshCa;
 use super::decide::{Granted, Rules, decide};
 use super::provider;
-use super::state::{Stamp, State, read_tokens, write_file};
+use super::state::{Stamp, State, write_file};
+use super::tokens_file::TokensFile;
 
 /// How often the directory is looked at.
 const LOOK: Duration = Duration::from_millis(500);
@@ -37,38 +41,58 @@ const WARN_BEFORE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How often that is said.
 const WARN_EVERY: Duration = Duration::from_secs(24 * 3600);
 
-/// What is served, and by what.
+/// How long the end of an overlap has to be seen before the old root is forgotten, which nothing brings back: a clock that
+/// is wrong for a moment ends nothing. Where certificates live for less, so long as they do.
+const SURE: Duration = Duration::from_secs(600);
+
+/// How long an error that stays is not said again.
+const QUIET: Duration = Duration::from_secs(600);
+
+/// How long file systems may go on by themselves after the end.
+const LAST_WRITES: Duration = Duration::from_secs(1);
+
+/// How many calls look at the list of tokens at a time.
+const READERS: usize = 16;
+
+/// What calls are answered from. Nothing of it is locked.
 struct Service {
-    state: State,
-    tokens_file: PathBuf,
-    names: Vec<ServerName<'static>>,
     rules: Rules,
-    materials: Materials,
-    view: Mutex<View>,
+    authorities: ArcSwap<Authorities>,
+    tokens: Arc<TokensFile>,
+    readers: Semaphore,
 }
 
-/// What is known of the directory.
-struct View {
-    authorities: Arc<Authorities>,
-    seen: Stamp,
+/// What looks at the directory, and is alone in that.
+struct Looker {
+    service: Arc<Service>,
+    state: State,
+    names: Vec<ServerName<'static>>,
+    materials: Materials,
+    /// The state that is known; none makes it be read.
+    seen: Option<Stamp>,
     /// When the server's own certificate is renewed.
     renew_at: SystemTime,
-    tokens: Arc<BootstrapTokens>,
-    tokens_seen: Stamp,
+    over: Over,
     /// What was said of the rotation.
     said: Option<Rotation>,
     warn_at: SystemTime,
+    errors: Errors,
 }
 
 pub(super) fn run(args: &MeshCa) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    runtime.map_err(|error| error.to_string())?.block_on(serve(args))
+    let runtime = runtime.map_err(|error| error.to_string())?;
+    let served = runtime.block_on(serve(args));
+    // A file system that hangs does not keep us.
+    runtime.shutdown_timeout(LAST_WRITES);
+    served
 }
 
 async fn serve(args: &MeshCa) -> Result<(), String> {
     let state = State::open(&args.dir)?;
     let _alone = state.serve_alone()?;
-    let service = Arc::new(Service::open(state, args)?);
+    let mut looker = Looker::open(state, args)?;
+    let service = Arc::clone(&looker.service);
     let limits = {
         let mut limits = ServerLimits::default();
         limits.max_connections = 1_000;
@@ -80,17 +104,18 @@ async fn serve(args: &MeshCa) -> Result<(), String> {
         limits
     };
     let server = Server::builder().limits(limits).start().map_err(|error| error.to_string())?;
-    let acceptor = Acceptor::bootstrap(service.materials.clone(), Arc::clone(&service.rules.provider));
+    let acceptor = Acceptor::bootstrap(looker.materials.clone(), Arc::clone(&service.rules.provider));
     let tls = Inbound::new(acceptor.map_err(|error| error.to_string())?, Slot::fixed(InboundTls::default()));
     let spec = ListenerSpec::new("ca", args.listen, Direction::Inbound);
-    let serving = Arc::clone(&service);
     let stack = move |_| {
-        let service = Arc::clone(&serving);
+        let service = Arc::clone(&service);
         tower::service_fn(move |request: Request<Body>| {
             let service = Arc::clone(&service);
             async move {
                 let conn = request.extensions().get::<RequestContext>().map(|cx| Arc::clone(cx.conn()));
-                Ok::<_, Infallible>(answer(request, |call| service.sign(&call, conn.as_deref())).await)
+                let tokens = service.tokens().await;
+                let sign = |call: Call| service.sign(&call, conn.as_deref(), tokens.as_deref());
+                Ok::<_, Infallible>(answer(request, sign).await)
             }
         })
     };
@@ -105,16 +130,26 @@ async fn serve(args: &MeshCa) -> Result<(), String> {
         let _ = writeln!(out, "listening ca={address}").and_then(|()| out.flush());
     }
     let mut looks = tokio::time::interval(LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        let mut anew = false;
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            Some(()) = hangup.recv() => {}
+            Some(()) = hangup.recv() => anew = true,
             _ = looks.tick() => {}
         }
-        if let Err(error) = tokio::task::block_in_place(|| service.look()) {
-            tracing::error!("{error}; what was known stays");
-        }
+        // Files may let us wait, and then nobody else waits.
+        let mut looking = tokio::task::spawn_blocking(move || {
+            looker.look_or_say(anew);
+            looker
+        });
+        let looked = tokio::select! {
+            looked = &mut looking => looked,
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        };
+        looker = looked.map_err(|error| error.to_string())?;
     }
     let times = DrainTimes { drain_time: Duration::ZERO, deadline: Duration::from_secs(5) };
     server.drain().run(times, std::future::pending()).await;
@@ -122,6 +157,38 @@ async fn serve(args: &MeshCa) -> Result<(), String> {
 }
 
 impl Service {
+    /// The tokens that the file has now; none while it cannot be read.
+    async fn tokens(&self) -> Option<Arc<BootstrapTokens>> {
+        let _permit = self.readers.acquire().await.ok()?;
+        let file = Arc::clone(&self.tokens);
+        tokio::task::spawn_blocking(move || file.now(false)).await.ok()?
+    }
+
+    fn sign(
+        &self,
+        call: &Call,
+        conn: Option<&ConnInfo>,
+        tokens: Option<&BootstrapTokens>,
+    ) -> Result<Vec<String>, Status> {
+        let now = SystemTime::now();
+        let authorities = self.authorities.load_full();
+        let peer = conn.and_then(|conn| conn.identity.as_deref());
+        let from = conn.map(|conn| tracing::field::display(conn.peer));
+        match decide(call, peer, tokens, &authorities, &self.rules, now) {
+            Ok(Granted { id, proof, not_after, chain }) => {
+                let until = humantime::format_rfc3339_seconds(not_after);
+                tracing::info!(%id, proof, %until, from, "signed");
+                Ok(chain)
+            }
+            Err(status) => {
+                tracing::warn!(from, "refused: {status}");
+                Err(status)
+            }
+        }
+    }
+}
+
+impl Looker {
     fn open(state: State, args: &MeshCa) -> Result<Self, String> {
         let rules =
             Rules { trust_domain: args.trust_domain.clone(), leaf_ttl: args.leaf_ttl, provider: provider() };
@@ -129,68 +196,79 @@ impl Service {
         let materials = Materials::none();
         materials.set_trust_domains(vec![rules.trust_domain.as_str().to_owned()]);
         let now = SystemTime::now();
-        let view = View {
-            authorities: Arc::new(authorities),
-            seen: Stamp::default(),
-            renew_at: now,
-            tokens: Arc::default(),
-            tokens_seen: Stamp::default(),
-            said: None,
-            warn_at: now,
+        let tokens = Arc::new(TokensFile::new(args.tokens_file()));
+        tokens.read()?;
+        let service = Service {
+            rules,
+            authorities: ArcSwap::from_pointee(authorities),
+            tokens,
+            readers: Semaphore::new(READERS),
         };
-        let service = Self {
-            tokens_file: args.tokens_file(),
+        let mut looker = Self {
+            service: Arc::new(service),
             names: names(args)?,
             state,
-            rules,
             materials,
-            view: Mutex::new(view),
+            seen: None,
+            renew_at: now,
+            over: Over::default(),
+            said: None,
+            warn_at: now,
+            errors: Errors::default(),
         };
-        service.look()?;
-        let tokens = read_tokens(&service.tokens_file)?;
-        BootstrapTokens::parse(&tokens)
-            .map_err(|error| format!("{}: {error}", service.tokens_file.display()))?;
-        Ok(service)
+        looker.look()?;
+        Ok(looker)
     }
 
-    /// Makes the view be what the directory and the time say.
-    fn look(&self) -> Result<(), String> {
+    /// Looks, and says what went wrong. `anew` reads everything, whatever is known of it.
+    fn look_or_say(&mut self, anew: bool) {
+        if anew {
+            self.seen = None;
+            self.service.tokens.now(true);
+        }
+        let looked = self.look();
+        if let Some(error) = self.errors.worth_saying(looked.err(), mesh_core::clock::now()) {
+            tracing::error!("{error}; what was known stays");
+        }
+    }
+
+    /// Makes what is served be what the directory and the time say.
+    fn look(&mut self) -> Result<(), String> {
         let now = SystemTime::now();
-        let mut view = self.view();
-        let seen = Stamp::of(&self.state.state_file());
-        let is_due = match view.authorities.rotation(now) {
-            Rotation::Made => true,
-            Rotation::Overlap(end) => end <= now,
-            _ => false,
-        };
-        if seen != view.seen || is_due {
-            let leaf = self.rules.leaf_ttl;
-            let authorities = self.state.update(|authorities| {
-                let changes =
-                    [authorities.retire(now), authorities.allow_leaf(leaf), authorities.announce(now)];
-                Ok(changes.contains(&true))
+        let known = self.service.authorities.load_full();
+        let rotation = known.rotation(now);
+        let leaf = self.service.rules.leaf_ttl;
+        let is_over = matches!(rotation, Rotation::Overlap(end) if end <= now);
+        let retires = self.over.is_sure(is_over, mesh_core::clock::now(), SURE.min(known.longest_leaf()));
+        let is_due = retires || rotation == Rotation::Made;
+        if self.seen != Some(Stamp::of(&self.state.state_file())) || is_due {
+            let (authorities, stamp) = self.state.update(|authorities| {
+                let retired = retires && authorities.retire(now);
+                let allowed = authorities.allow_leaf(leaf).map_err(|error| {
+                    format!("--leaf-ttl: {error}; give a shorter one until the rotation is over")
+                })?;
+                Ok([retired, allowed, authorities.announce(now)].contains(&true))
             })?;
-            view.authorities = Arc::new(authorities);
-            // Written by us just now, if by anybody.
-            view.seen = Stamp::of(&self.state.state_file());
-            view.renew_at = now;
+            self.service.authorities.store(Arc::new(authorities));
+            self.seen = Some(stamp);
+            self.renew_at = now;
         }
-        if view.renew_at <= now {
-            let authorities = Arc::clone(&view.authorities);
-            view.renew_at = self.renew(&authorities, now)?;
+        let authorities = self.service.authorities.load_full();
+        let rotation = authorities.rotation(now);
+        if self.said != Some(rotation) {
+            say(&authorities, rotation);
+            self.said = Some(rotation);
         }
-        let rotation = view.authorities.rotation(now);
-        if view.said != Some(rotation) {
-            say(&view.authorities, rotation);
-            view.said = Some(rotation);
-        }
-        let left = view.authorities.signing(now).not_after().duration_since(now).unwrap_or_default();
-        if left < WARN_BEFORE.max(self.rules.leaf_ttl * 4) && view.warn_at <= now {
-            view.warn_at = now + WARN_EVERY;
+        let left = authorities.signing(now).not_after().duration_since(now).unwrap_or_default();
+        if left < WARN_BEFORE.max(leaf.saturating_mul(4)) && self.warn_at <= now {
+            self.warn_at = now + WARN_EVERY;
             tracing::warn!(
                 ?left,
                 "the root ends soon, and with it every certificate: replace it with `mesh-ca rotate`"
             );
+        }
+        if self.renew_at <= now {
+            self.renew_at = self.renew(&authorities, now)?;
         }
         Ok(())
     }
@@ -207,51 +285,48 @@ impl Service {
             .known_by_all(now)
             .issue_server(&self.names, now, SERVING_TTL)
             .map_err(|error| format!("{error}; replace the root with `mesh-ca rotate`"))?;
-        let identity: Identity = issued.identity(&self.rules.provider).map_err(|error| error.to_string())?;
+        let provider = &self.service.rules.provider;
+        let identity: Identity = issued.identity(provider).map_err(|error| error.to_string())?;
         let life = identity.not_after().duration_since(now).unwrap_or_default();
         self.materials.store(Material { identity: Some(identity), bundle: Arc::new(bundle) });
         Ok(now + life / 2)
     }
+}
 
-    fn sign(&self, call: &Call, conn: Option<&ConnInfo>) -> Result<Vec<String>, Status> {
-        let now = SystemTime::now();
-        let tokens = self.tokens();
-        let authorities = Arc::clone(&self.view().authorities);
-        let peer = conn.and_then(|conn| conn.identity.as_deref());
-        let from = conn.map(|conn| tracing::field::display(conn.peer));
-        match decide(call, peer, &tokens, &authorities, &self.rules, now) {
-            Ok(Granted { id, proof, not_after, chain }) => {
-                let until = humantime::format_rfc3339_seconds(not_after);
-                tracing::info!(%id, proof, %until, from, "signed");
-                Ok(chain)
-            }
-            Err(status) => {
-                tracing::warn!(from, "refused: {status}");
-                Err(status)
-            }
+/// Whether the end of an overlap was seen for long enough, by a clock that nobody sets.
+#[derive(Debug, Default)]
+struct Over(Option<Instant>);
+
+impl Over {
+    fn is_sure(&mut self, is_over: bool, now: Instant, sure: Duration) -> bool {
+        if !is_over {
+            self.0 = None;
+            return false;
         }
+        let since = *self.0.get_or_insert(now);
+        now.saturating_duration_since(since) >= sure
     }
+}
 
-    /// The tokens that the file has now. A list that cannot be read leaves the one that could.
-    fn tokens(&self) -> Arc<BootstrapTokens> {
-        let mut view = self.view();
-        let seen = Stamp::of(&self.tokens_file);
-        if seen != view.tokens_seen {
-            view.tokens_seen = seen;
-            let read = read_tokens(&self.tokens_file).and_then(|text| {
-                BootstrapTokens::parse(&text)
-                    .map_err(|error| format!("{}: {error}", self.tokens_file.display()))
-            });
-            match read {
-                Ok(tokens) => view.tokens = Arc::new(tokens),
-                Err(error) => tracing::error!("{error}; the tokens that were known stay"),
-            }
+/// The error that was said last, so that one that stays is not said with every look.
+#[derive(Debug, Default)]
+struct Errors(Option<(String, Instant)>);
+
+impl Errors {
+    fn worth_saying(&mut self, error: Option<String>, now: Instant) -> Option<String> {
+        let Some(error) = error else {
+            self.0 = None;
+            return None;
+        };
+        let was_said = self
+            .0
+            .as_ref()
+            .is_some_and(|(said, at)| *said == error && now.saturating_duration_since(*at) < QUIET);
+        if was_said {
+            return None;
         }
-        Arc::clone(&view.tokens)
-    }
-
-    fn view(&self) -> MutexGuard<'_, View> {
-        self.view.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0 = Some((error.clone(), now));
+        Some(error)
     }
 }
 
@@ -266,6 +341,10 @@ fn say(authorities: &Authorities, rotation: Rotation) {
             let until = humantime::format_rfc3339_seconds(at);
             tracing::info!(%until, "the new root signs, and the old one is still believed");
         }
+        Rotation::TooShort => tracing::error!(
+            "the new root ends before every workload would have changed to it, and does not sign: replace it with \
+             `mesh-ca rotate`, and a longer --root-ttl"
+        ),
         _ => tracing::info!(%root_until, "one root signs and is believed"),
     }
 }
@@ -283,4 +362,33 @@ fn names(args: &MeshCa) -> Result<Vec<ServerName<'static>>, String> {
             .map_err(|_| format!("--name {name}: that is no name of a server"))
     });
     named.chain(addresses.into_iter().map(|address| Ok(address.into()))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn bug_one_wrong_reading_of_the_clock_deleted_the_old_root() {
+        let (mut over, now) = (Over::default(), mesh_core::clock::now());
+        // Wrong for a moment, and then for almost too long.
+        assert!(!over.is_sure(true, now, SURE) && !over.is_sure(false, now + SECOND, SURE));
+        let again = now + SURE + SECOND;
+        assert!(!over.is_sure(true, again, SURE));
+        assert!(!over.is_sure(true, again + SURE - SECOND, SURE));
+        assert!(over.is_sure(true, again + SURE, SURE));
+    }
+
+    #[test]
+    fn bug_an_error_that_stayed_was_logged_twice_a_second() {
+        let (mut errors, now) = (Errors::default(), mesh_core::clock::now());
+        let mut said = |error: &str, at| errors.worth_saying(Some(error.to_owned()), at).is_some();
+        assert!(said("over", now) && !said("over", now + LOOK) && said("other", now + LOOK));
+        assert!(!said("other", now + QUIET) && said("other", now + LOOK + QUIET));
+        // What was mended and breaks again is news.
+        assert!(errors.worth_saying(None, now).is_none());
+        assert!(errors.worth_saying(Some("other".to_owned()), now + LOOK + QUIET).is_some());
+    }
 }

@@ -11,19 +11,23 @@
 //! who takes its line away ends it at once. Tokens are compared in constant time with every line, and are never printed.
 
 use std::fmt;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use mesh_core::identity::{InvalidSpiffeId, SpiffeId, TrustDomain};
 use rustls::crypto::CryptoProvider;
 use subtle::ConstantTimeEq as _;
 
+use super::last;
 use crate::certificate::sha256;
 
 /// What every token begins with, so that one that leaked is found by whoever looks for secrets.
 const PREFIX: &str = "mesh-bootstrap-";
 
-/// A secret. Printed only by [`expose`](Self::expose).
-#[derive(Clone, PartialEq, Eq)]
+/// How long a line is kept after its end: a clock that is wrong for a moment takes no token away that is good.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
+
+/// A secret. Printed only by [`expose`](Self::expose), and compared only by its hash, in constant time.
+#[derive(Clone)]
 pub struct BootstrapToken(String);
 
 /// A list of tokens.
@@ -78,8 +82,8 @@ impl BootstrapToken {
         &self.0
     }
 
-    /// Its line for a list; `None` when namespace or service account can be no part of an identity, or from a provider
-    /// without SHA-256. With its end.
+    /// Its line for a list; `None` when namespace or service account can be no part of an identity, the end is after the
+    /// year 9999, or from a provider without SHA-256. With its end.
     #[must_use]
     pub fn line(
         &self,
@@ -88,6 +92,9 @@ impl BootstrapToken {
         until: SystemTime,
         provider: &CryptoProvider,
     ) -> Option<String> {
+        if until > last() {
+            return None;
+        }
         let any: TrustDomain = "any".parse().ok()?;
         SpiffeId::workload(&any, namespace, service_account).ok()?;
         let hash = hex(&sha256(self.0.as_bytes(), provider)?);
@@ -117,6 +124,18 @@ impl BootstrapTokens {
             entries.push(entry(line).map_err(|reason| InvalidTokens { line: line_number, reason })?);
         }
         Ok(Self(entries))
+    }
+
+    /// A list without the lines of tokens that have been over for a day. Everything else of it stays as it is, what cannot
+    /// be read too.
+    #[must_use]
+    pub fn without_expired(text: &str, now: SystemTime) -> String {
+        let is_over = |line: &str| {
+            let line = line.split('#').next().unwrap_or_default();
+            let until = entry(line).ok().map(|entry| entry.until);
+            until.and_then(|until| until.checked_add(KEPT)).is_some_and(|kept| kept <= now)
+        };
+        text.split_inclusive('\n').filter(|line| !is_over(line)).collect()
     }
 
     /// Whose a token is.
@@ -198,8 +217,6 @@ fn unhex(text: &str) -> Option<[u8; 32]> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn provider() -> CryptoProvider {
@@ -211,7 +228,7 @@ mod tests {
         let (provider, now) = (provider(), SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000));
         let until = now + Duration::from_secs(3600);
         let (one, two) = (BootstrapToken::new(&provider).unwrap(), BootstrapToken::new(&provider).unwrap());
-        assert_ne!(one, two);
+        assert_ne!(one.expose(), two.expose());
         let list = format!(
             "# who may ask\n{}\n{} # the other one\n",
             one.line("default", "reviews", until, &provider).unwrap(),
@@ -234,6 +251,18 @@ mod tests {
             find(list.lines().nth(1).unwrap().split(' ').next().unwrap(), now),
             Err(TokenRefusal::Unknown)
         );
+    }
+
+    #[test]
+    fn bug_lists_of_tokens_grew_until_they_were_cut() {
+        let (provider, now) = (provider(), SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000));
+        let line = |until| BootstrapToken::new(&provider).unwrap().line("a", "b", until, &provider).unwrap();
+        let (over, lately, good) = (line(now - KEPT), line(now - KEPT / 2), line(now + KEPT));
+        let kept = format!("# tokens\nnonsense\n{lately}\n{good}");
+        let list = format!("# tokens\n{over}nonsense\n{lately}\n{good}");
+        assert_eq!(BootstrapTokens::without_expired(&list, now), kept);
+        // A token that never ends has no line that could be read again.
+        assert_eq!(BootstrapToken::new(&provider).unwrap().line("a", "b", last() + KEPT, &provider), None);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Asks an authority to sign, over a connection of its own.
 //!
-//! The authority's server is known by its name and believed by the roots that are configured, and by those that it named
-//! itself when it signed last, so that it may replace its root while we run. Only then is it told anything.
+//! The authority's server is known by its name and believed by the roots that are configured, and by the successors that
+//! it named itself when it signed last, so that it may replace its root while we run. Only then is it told anything.
+//! The file of roots has the last word while it can be read: successors count for as long as the file has everything that
+//! it had when they were named, and what was in the file once and is there no more is not believed, whoever names it.
 //!
 //! Whoever asks shows what it has: its certificate, when it has one that is good, and its token, when it can be read. Any of
 //! them is enough for istiod and for our own authority. An authority that has forgotten its own root cannot take our
@@ -12,7 +14,7 @@ use std::io;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,7 +26,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::ClientConfig;
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -38,7 +41,7 @@ use crate::connector::Ours;
 use crate::source::{Identity, Material, Materials};
 use crate::verifier::{PeerRule, PeerVerifier, in_words};
 
-/// How long one question may take, from the first packet to the last.
+/// How long one question may take, from the first packet to the last, where nothing else is said.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The port of istiod's certificate service.
@@ -81,7 +84,7 @@ impl<'a> Question<'a> {
     }
 }
 
-/// The client of one authority. Cloning shares nothing but what never changes.
+/// The client of one authority. Clones share what the authority has named.
 #[derive(Clone)]
 pub struct IstioCa {
     authority: Authority,
@@ -90,7 +93,41 @@ pub struct IstioCa {
     token: PathBuf,
     roots: Roots,
     cluster_id: HeaderValue,
+    patience: Duration,
     provider: Arc<CryptoProvider>,
+    named: Arc<Mutex<Named>>,
+}
+
+/// What the authority named when it signed last, and what the file of roots had then.
+#[derive(Default)]
+struct Named {
+    /// What came with the certificate.
+    successors: Vec<CertificateDer<'static>>,
+    under: Vec<CertificateDer<'static>>,
+    /// What was in the file once and is not now.
+    gone: Vec<CertificateDer<'static>>,
+    /// What was in the file when it was read last.
+    file: Vec<CertificateDer<'static>>,
+}
+
+impl Named {
+    /// Of `roots` those that count beside a file that has `file` now.
+    fn beside(
+        &mut self,
+        file: &[CertificateDer<'static>],
+        roots: &[CertificateDer<'static>],
+    ) -> Vec<CertificateDer<'static>> {
+        let lost = std::mem::replace(&mut self.file, file.to_vec());
+        self.gone.extend(lost);
+        self.gone.retain(|root| !file.contains(root));
+        if !self.under.iter().all(|root| file.contains(root)) {
+            self.successors.clear();
+        }
+        let counts = |root: &&CertificateDer<'static>| {
+            self.successors.contains(root) && !self.gone.contains(root) && !file.contains(root)
+        };
+        roots.iter().filter(counts).cloned().collect()
+    }
 }
 
 #[derive(Clone)]
@@ -159,10 +196,12 @@ pub enum CaClientError {
         reason: String,
     },
     /// There was no answer in time.
-    #[error("{address} did not answer within {PATIENCE:?}")]
+    #[error("{address} did not answer within {patience:?}")]
     TooLate {
         /// The authority's.
         address: String,
+        /// How long it was waited for.
+        patience: Duration,
     },
     /// The authority refuses.
     #[error("the authority refuses: {0}")]
@@ -181,8 +220,10 @@ impl CaClientError {
 
 impl IstioCa {
     /// The authority at `address`: `https://HOST:PORT`, or `HOST:PORT` as Istio's `CA_ADDR` has it; the port is 15012 when
-    /// there is none. Its server is believed when `roots`, a PEM file, believes it. The token is in the file `token`. Both
-    /// files are read anew for each question.
+    /// there is none. Its server is believed when `roots`, a PEM file, believes it, or a successor that the authority named
+    /// since with a certificate. A root that is taken out of the file is believed no more from the next question on, nor
+    /// are successors that were named while it was in. A file that cannot be read leaves what the authority named last. The
+    /// token is in the file `token`. Both files are read anew for each question.
     ///
     /// # Errors
     /// When the address is not one of these.
@@ -213,7 +254,8 @@ impl IstioCa {
             return Err(InvalidAddress::Form);
         }
         let cluster_id = HeaderValue::from_static("Kubernetes");
-        Ok(Self { authority, host, port, token, roots: Roots::File(roots), cluster_id, provider })
+        let (roots, named) = (Roots::File(roots), Arc::default());
+        Ok(Self { authority, host, port, token, roots, cluster_id, patience: PATIENCE, provider, named })
     }
 
     /// Believes these in the place of a file: those of the system, for an authority that is known to all.
@@ -232,6 +274,13 @@ impl IstioCa {
         Ok(self)
     }
 
+    /// How long one question may take, from the first packet to the last. Default 10 s.
+    #[must_use]
+    pub const fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
     fn address(&self) -> String {
         match self.host.parse::<Ipv6Addr>() {
             Ok(host) => format!("[{host}]:{}", self.port),
@@ -244,16 +293,39 @@ impl IstioCa {
         let (mut roots, failed) = match &self.roots {
             Roots::Fixed(bundle) => (bundle.roots().to_vec(), None),
             Roots::File(path) => match read_roots(path).await {
-                Ok(bundle) => (bundle.roots().to_vec(), None),
+                Ok(bundle) => {
+                    let mut roots = bundle.roots().to_vec();
+                    let beside = self.named().beside(&roots, named.roots());
+                    roots.extend(beside);
+                    (roots, None)
+                }
                 Err(reason) => (Vec::new(), Some(CaClientError::Roots { path: path.clone(), reason })),
             },
         };
-        roots.extend(named.roots().iter().filter(|root| !roots.contains(root)).cloned().collect::<Vec<_>>());
+        if failed.is_some() || matches!(self.roots, Roots::Fixed(_)) {
+            let known = self.named();
+            let counts =
+                |root: &&CertificateDer<'static>| !roots.contains(root) && !known.gone.contains(root);
+            let more: Vec<_> = named.roots().iter().filter(counts).cloned().collect();
+            roots.extend(more);
+        }
         match (TrustBundle::new(roots), failed) {
             (Ok(bundle), _) => Ok(bundle),
             (Err(InvalidBundle::Empty), Some(failed)) => Err(failed),
             (Err(error), _) => Err(CaClientError::Answer(error.to_string())),
         }
+    }
+
+    /// Remembers whom the authority names, and that it did so under the file as it was for this question.
+    fn remember(&self, answer: &[String]) {
+        let named = answer.iter().flat_map(|pem| CertificateDer::pem_slice_iter(pem.as_bytes())).flatten();
+        let mut known = self.named();
+        known.under = known.file.clone();
+        known.successors = named.collect();
+    }
+
+    fn named(&self) -> std::sync::MutexGuard<'_, Named> {
+        self.named.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn token(&self) -> Result<HeaderValue, CaClientError> {
@@ -281,8 +353,9 @@ impl IstioCa {
             let stream = self.connect(trust, identity).await?;
             self.exchange(stream, token, message).await
         };
-        let asked = tokio::time::timeout(PATIENCE, asked).await;
-        asked.unwrap_or_else(|_| Err(CaClientError::TooLate { address: self.address() }))
+        let (address, patience) = (self.address(), self.patience);
+        let asked = tokio::time::timeout(patience, asked).await;
+        asked.unwrap_or(Err(CaClientError::TooLate { address, patience }))
     }
 
     async fn connect(
@@ -365,7 +438,7 @@ impl IstioCa {
         request = request.version(Version::HTTP_2).header(CONTENT_TYPE, APPLICATION_GRPC);
         request = request
             .header(TE, HeaderValue::from_static("trailers"))
-            .header(GRPC_TIMEOUT, format!("{}S", PATIENCE.as_secs()))
+            .header(GRPC_TIMEOUT, format!("{}m", self.patience.as_millis().min(99_999_999)))
             .header(CLUSTER_ID, &self.cluster_id);
         if let Some(token) = token {
             request = request.header(AUTHORIZATION, token);
@@ -398,13 +471,17 @@ impl Sign for IstioCa {
         let seconds = i64::try_from(question.validity.as_secs()).unwrap_or(i64::MAX);
         let message = CertificateRequest::new(question.csr.to_owned(), seconds).encode();
         let answer = self.ask(&trust, identity, token.as_ref(), &message).await;
-        match answer {
+        let answer = match answer {
             Err(error) if error.is_of_connection() && identity.is_some() && token.is_some() => {
                 tracing::debug!("{error}; the token is shown alone");
                 self.ask(&trust, None, token.as_ref(), &message).await
             }
             answer => answer,
+        };
+        if let Ok(answer) = &answer {
+            self.remember(answer);
         }
+        answer
     }
 }
 
@@ -422,7 +499,10 @@ async fn read_roots(path: &Path) -> Result<TrustBundle, String> {
 async fn read_token(path: &Path) -> io::Result<String> {
     use tokio::io::AsyncReadExt as _;
     let mut text = String::new();
-    tokio::fs::File::open(path).await?.take(MAX_TOKEN).read_to_string(&mut text).await?;
+    tokio::fs::File::open(path).await?.take(MAX_TOKEN + 1).read_to_string(&mut text).await?;
+    if text.len() as u64 > MAX_TOKEN {
+        return Err(io::Error::other(format!("it is longer than {MAX_TOKEN} bytes")));
+    }
     Ok(text)
 }
 
