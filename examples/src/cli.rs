@@ -189,8 +189,8 @@ pub struct Common {
     #[arg(long, value_name = "FILE", requires = "ca")]
     pub bootstrap_token: Option<PathBuf>,
 
-    /// Whom to believe that it is --ca: its root-cert.pem; read anew for each certificate [default: the authorities of the
-    /// system]
+    /// Whom to believe that it is --ca: its root-cert.pem; read anew for each certificate. Successors that it names are
+    /// believed too, and a root that is taken out of the file is not [default: the authorities of the system]
     #[arg(long, value_name = "FILE", requires = "ca")]
     pub ca_root: Option<PathBuf>,
 

@@ -172,7 +172,7 @@ impl State {
             match file.try_lock() {
                 Ok(()) => return Ok(file),
                 Err(TryLockError::WouldBlock) if began.elapsed() < LOCK_PATIENCE => {
-                    std::thread::sleep(LOCK_PAUSE);
+                    std::thread::park_timeout(LOCK_PAUSE);
                 }
                 Err(TryLockError::WouldBlock) => {
                     return Err(format!(
