@@ -7,6 +7,7 @@ mod tls;
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use http::{Request, Version};
@@ -27,7 +28,7 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use serde_json::Value;
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -331,6 +332,146 @@ async fn f6_a_request_for_another_servers_host_is_misdirected() {
     // With TLS 1.3 a client hears of its refusal when it reads.
     assert!(again.read_u8().await.is_err());
     assert_eq!(app.requests(), served);
+}
+
+/// TCP behind TLS: what leads to `app` is the first rule of a virtual service.
+fn tcp_edge(app: SocketAddr, servers: &[String]) -> String {
+    let entry = format!(
+        "{{hosts: [app.default.svc.cluster.local], location: MESH_INTERNAL, resolution: STATIC, ports: [{{number: 80, name: tcp, protocol: TCP}}], endpoints: [{{address: 127.0.0.1, ports: {{tcp: {}}}}}]}}",
+        app.port()
+    );
+    let gateway = format!("{{selector: {{istio: ingressgateway}}, servers: [{}]}}", servers.join(", "));
+    let rules = "{hosts: ['*.example.com'], gateways: [edge], tcp: [{route: [{destination: {host: app}}]}]}";
+    resource("ServiceEntry", "app", &entry)
+        + &resource("Gateway", "edge", &gateway)
+        + &resource("VirtualService", "app", rules)
+}
+
+fn tls_server(hosts: &str, tls: &str, name: &str) -> String {
+    format!("{{port: {{number: 443, name: {name}, protocol: TLS}}, hosts: {hosts}, tls: {tls}}}")
+}
+
+/// A server of bytes: it speaks first, and then says everything back. With it, how many came.
+async fn parrot() -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let came = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&came);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::SeqCst);
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.split();
+                // Whoever goes away is not asked why.
+                let _ = write.write_all(b"hello\n").await;
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    (address, came)
+}
+
+async fn talks(stream: &mut TlsStream<TcpStream>) -> std::io::Result<()> {
+    let mut said = [0; 6];
+    stream.read_exact(&mut said).await?;
+    assert_eq!(&said, b"hello\n");
+    stream.write_all(b"\0GET / HTTP/1.1").await?;
+    let mut back = [0; 15];
+    stream.read_exact(&mut back).await?;
+    assert_eq!(&back, b"\0GET / HTTP/1.1");
+    Ok(())
+}
+
+#[tokio::test]
+async fn gw_04_tcp_behind_tls_goes_by_tcp_rules() {
+    let (ca, clients, (app, came)) = (Ca::new(), Ca::new(), parrot().await);
+    let server = ca.issue(&["*.example.com"]);
+    let servers = [
+        tls_server("[a.example.com]", "{mode: SIMPLE, credentialName: own}", "tls"),
+        tls_server("[m.example.com]", "{mode: MUTUAL, credentialName: own}", "tls-m"),
+        tls_server("[p.example.com]", "{mode: PASSTHROUGH}", "tls-p"),
+    ];
+    let config = |ca: &Ca| tcp_edge(app, &servers) + &secret("own", &server, Some(ca));
+    let gateway = Gateway::start(&config(&clients), &[]);
+    let at = gateway.process.address("tls");
+    let nobody = Client { ca: &ca, shows: None };
+    // Whatever a client offers to speak.
+    for alpn in ["h2", "postgresql"] {
+        let mut stream = nobody.connect(at, "a.example.com", alpn).await.unwrap();
+        assert_eq!(stream.get_ref().1.alpn_protocol(), None);
+        talks(&mut stream).await.unwrap();
+    }
+    let known = clients.issue(&["client"]);
+    let somebody = Client { ca: &ca, shows: Some(&known) };
+    let mut open = somebody.connect(at, "m.example.com", "h2").await.unwrap();
+    talks(&mut open).await.unwrap();
+    let before = came.load(Ordering::SeqCst);
+    assert_eq!(before, 3);
+    // With TLS 1.3 a client hears of its refusal when it reads; what it says until then goes nowhere.
+    let stranger = Ca::new().issue(&["client"]);
+    for shows in [None, Some(&stranger)] {
+        let mut refused = Client { ca: &ca, shows }.connect(at, "m.example.com", "h2").await.unwrap();
+        // It may be over already.
+        let _ = refused.write_all(b"bytes").await;
+        assert!(talks(&mut refused).await.is_err());
+    }
+    assert!(nobody.connect(at, "b.example.com", "h2").await.is_err(), "no server has this name");
+    assert!(
+        nobody.connect(at, "p.example.com", "h2").await.is_err(),
+        "there is no rule for what is passed on"
+    );
+    assert_eq!(came.load(Ordering::SeqCst), before);
+    // The client's authority is taken away: the connection that is open is cut (D9).
+    gateway.config.replace("mesh.yaml", &config(&Ca::new()));
+    let mut rest = Vec::new();
+    let ended = tokio::time::timeout(Duration::from_secs(20), open.read_to_end(&mut rest)).await;
+    assert!(ended.is_ok(), "it stays open");
+    gateway.says("closing a connection").await;
+    assert!(rest.is_empty());
+}
+
+#[tokio::test]
+async fn gw_04_auto_passthrough_goes_where_the_server_name_says() {
+    let name = |port: u16, subset: &str| format!("outbound_.{port}_.{subset}_.app.default.svc.cluster.local");
+    let (of_v1, of_v2, of_all) = (name(80, "v1"), name(80, "v2"), name(80, ""));
+    // Each shakes hands under its own names alone: a handshake that holds was with the workload itself.
+    let (v1, v2) = (TlsUpstream::start(&[&of_v1]).await, TlsUpstream::start(&[&of_v2, &of_all]).await);
+    let endpoint = |upstream: &TlsUpstream, version: &str| {
+        let port = upstream.addr.port();
+        format!(
+            "{{address: 127.0.0.1, ports: {{http: {port}}}, labels: {{version: {version}}}, serviceAccount: app}}"
+        )
+    };
+    let config = |endpoints: &[String]| {
+        let entry = format!(
+            "{{hosts: [app.default.svc.cluster.local], location: MESH_INTERNAL, resolution: STATIC, ports: [{{number: 80, name: http, protocol: HTTP}}], endpoints: [{}]}}",
+            endpoints.join(", ")
+        );
+        let server = tls_server("['*.local']", "{mode: AUTO_PASSTHROUGH}", "tls");
+        let subsets =
+            "{host: app, subsets: [{name: v1, labels: {version: v1}}, {name: v2, labels: {version: v2}}]}";
+        resource("ServiceEntry", "app", &entry)
+            + &resource(
+                "Gateway",
+                "edge",
+                &format!("{{selector: {{istio: ingressgateway}}, servers: [{server}]}}"),
+            )
+            + &resource("DestinationRule", "app", subsets)
+    };
+    let gateway = Gateway::start(&config(&[endpoint(&v1, "v1"), endpoint(&v2, "v2")]), &[]);
+    let at = gateway.process.address("tls");
+    for (upstream, name) in [(&v1, &of_v1), (&v2, &of_v2)] {
+        let (_, back) = upstream.exchange(at, name, None, b"bytes").await.unwrap();
+        assert_eq!(back, b"bytes", "{name}");
+    }
+    // A subset that is not defined, a port that there is not, a host that nobody has.
+    for unknown in [name(80, "v3"), name(81, "v1"), "app.local".to_owned()] {
+        assert!(v1.reach(at, &unknown, None).await.is_err(), "{unknown}");
+    }
+    // Without a subset it is the whole service.
+    gateway.config.replace("mesh.yaml", &config(&[endpoint(&v2, "v2")]));
+    gateway.says("generation=2").await;
+    until("the whole service", async || v2.exchange(at, &of_all, None, b"all").await.is_ok()).await;
 }
 
 #[tokio::test]

@@ -22,9 +22,9 @@ const LATER: &[(&str, &str)] = &[
     ("gatewayCases#2392~80", "needs a secret, and an upstream in TLS, which nothing here makes yet"),
     ("trafficLoopCases#1748~54", "calls a pod's port 15001 through iptables"),
     ("trafficLoopCases#1748~55", "calls a pod's port 15006 through iptables"),
-    ("autoPassthroughCases#1812~56", "AUTO_PASSTHROUGH, and the row has no request"),
-    ("autoPassthroughCases#1812~57", "AUTO_PASSTHROUGH, and the row has no request"),
-    ("autoPassthroughCases#1812~58", "AUTO_PASSTHROUGH, and the row has no request"),
+    ("autoPassthroughCases#1812~56", "the row has no request"),
+    ("autoPassthroughCases#1812~57", "the row has no request"),
+    ("autoPassthroughCases#1812~58", "the row has no request"),
     ("protocolSniffingCases#3449~116", "half a request of HTTP/1.0 to an original destination"),
     ("DNSTestCases#3787~131", "the DNS proxy"),
 ];

@@ -317,7 +317,7 @@ fn check_says_that_tcp_and_tls_routes_are_enforced() {
     };
     let (passed, said) = check(&config("PASSTHROUGH"));
     assert!(passed && said == "0 errors, 0 warnings\n", "{said}");
-    // What nothing can serve yet is an error, and never served some other way.
-    let (passed, said) = check(&config("AUTO_PASSTHROUGH"));
+    // What nothing can serve is an error, and never served some other way: there is no identity here.
+    let (passed, said) = check(&config("ISTIO_MUTUAL"));
     assert!(!passed && said.contains("spec.servers[0].tls"), "{said}");
 }

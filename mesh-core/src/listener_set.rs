@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use crate::conn::ConnInfo;
 use crate::matcher::HostMap;
-use crate::server::ListenerProtocol;
+use crate::server::{ListenerProtocol, Within};
 use crate::upstream::Credential;
 
 /// The listeners of a gateway, one for each port.
@@ -72,6 +72,8 @@ pub struct ServerTls {
     /// The certificates that it shows, of which the client's algorithms choose; the authorities for clients are those of
     /// the first. Without one no handshake is answered. [`Credential::Mesh`] is the workload's own identity, and its clients are workloads of the mesh.
     pub credentials: Vec<Credential>,
+    /// What is within. Default HTTP.
+    pub within: Within,
     /// Whether clients show a certificate.
     pub client_certificate: ClientCertificate,
     /// The names of which a client's certificate must have one, as written; empty for any.

@@ -50,10 +50,10 @@ use tokio::sync::mpsc::unbounded_channel;
 
 pub use self::accept::{Accepted, ConnHandler, OpenConn, PlainHttp, TcpConn};
 pub use self::edge::HttpStack;
-pub use self::l4::{Expect, L4, L4Conn, WithL4};
+pub use self::l4::{Expect, L4, L4Conn, SecuredConn, WithL4};
 pub use self::limits::ServerLimits;
 pub use self::serve::Protocol;
-pub use self::tls::{DownstreamTls, Nothing, Terminate, Terminated, WithTls};
+pub use self::tls::{DownstreamTls, Nothing, Terminate, Terminated, WithTls, Within};
 pub use self::trust::{Judge, OpenConnections};
 pub use self::worker::Worker;
 pub use crate::drain::{Drain, DrainTimes, Drained, Phase, Token};

@@ -9,7 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use http::{Request, Response};
-use mesh_core::server::{DownstreamTls, Judge, ListenerSpec, Server, Terminate, Terminated, WithTls};
+use mesh_core::server::{
+    DownstreamTls, Expect, Judge, L4, L4Conn, ListenerSpec, SecuredConn, Server, Terminate, Terminated,
+    WithTls, Within,
+};
 use mesh_core::{Body, ConnInfo, Direction, Pinned, Prefixed};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -31,6 +34,8 @@ struct State {
     begun: AtomicUsize,
     may_end: Semaphore,
     trust: watch::Sender<u64>,
+    within: Within,
+    served: AtomicUsize,
 }
 
 impl Judge for Fake {
@@ -60,7 +65,34 @@ impl Terminate for Fake {
         self.0.begun.fetch_add(1, Ordering::SeqCst);
         io.read_exact(&mut [0; HELLO.len()]).await?;
         self.0.may_end.acquire().await.unwrap().forget();
-        Ok(Terminated { io, protocol: None, sni: None, identity: None })
+        Ok(Terminated { io, protocol: None, sni: None, identity: None, within: self.0.within })
+    }
+}
+
+impl L4 for Fake {
+    fn expect(&self, _: &ConnInfo, _: Option<&Pinned>) -> Expect {
+        Expect::Tcp
+    }
+
+    fn serve(&self, _: L4Conn) -> impl Future<Output = ()> + Send + 'static {
+        std::future::ready(())
+    }
+
+    fn serve_secured(&self, accepted: SecuredConn) -> impl Future<Output = ()> + Send + 'static {
+        let state = Arc::clone(&self.0);
+        async move {
+            state.served.fetch_add(1, Ordering::SeqCst);
+            let SecuredConn { mut io, conn, .. } = accepted;
+            let said = async {
+                while let Ok(byte) = io.read_u8().await
+                    && io.write_all(&[byte]).await.is_ok()
+                {}
+            };
+            tokio::select! {
+                () = said => {}
+                () = conn.cut() => {}
+            }
+        }
     }
 }
 
@@ -81,20 +113,27 @@ struct Scene {
 }
 
 impl Scene {
-    fn start() -> Self {
+    fn start(within: Within) -> Self {
         let fake = Fake(Arc::new(State {
             trusts: AtomicBool::new(true),
             asked: AtomicUsize::new(0),
             begun: AtomicUsize::new(0),
             may_end: Semaphore::new(0),
             trust: watch::Sender::new(1),
+            within,
+            served: AtomicUsize::new(0),
         }));
         let server = Server::builder().start().unwrap();
         let spec = ListenerSpec::new("inbound", (Ipv4Addr::LOCALHOST, 0).into(), Direction::Inbound);
         let tls = fake.clone();
         let hello = |_: Request<Body>| async { Ok::<_, Infallible>(Response::new(Body::full("hello"))) };
-        let address =
-            server.listen_with(spec, move |_| WithTls::new(tls.clone()), move |_| service_fn(hello)).unwrap();
+        let address = server
+            .listen_with(
+                spec,
+                move |_| WithTls::new(tls.clone()).beside(tls.clone()),
+                move |_| service_fn(hello),
+            )
+            .unwrap();
         Self { server, address, fake }
     }
 
@@ -123,7 +162,7 @@ async fn is_served(stream: &mut TcpStream) -> bool {
 
 #[tokio::test]
 async fn d9_trust_that_changes_during_a_handshake_counts_at_its_end() {
-    let scene = Scene::start();
+    let scene = Scene::start(Within::Http);
     let mut stream = scene.connect(&HELLO).await;
     until("the handshake", async || scene.fake.0.begun.load(Ordering::SeqCst) == 1).await;
     // Somebody who was let in shows when the round has been: who shakes hands is nobody in it.
@@ -136,4 +175,27 @@ async fn d9_trust_that_changes_during_a_handshake_counts_at_its_end() {
     scene.fake.0.may_end.add_permits(1);
     assert!(!is_served(&mut stream).await);
     assert_eq!(scene.server.status()[0].distrusted, 2);
+}
+
+#[tokio::test]
+async fn d9_bytes_within_tls_are_cut_when_trust_goes_and_never_served_after() {
+    let scene = Scene::start(Within::Bytes);
+    let served = || scene.fake.0.served.load(Ordering::SeqCst);
+    let echoes = async |stream: &mut TcpStream| {
+        let mut back = [0];
+        stream.write_all(b"x").await.is_ok() && stream.read_exact(&mut back).await.is_ok() && back == *b"x"
+    };
+    let mut open = scene.connect(&HELLO).await;
+    scene.fake.0.may_end.add_permits(1);
+    assert!(echoes(&mut open).await);
+    let mut late = scene.connect(&HELLO).await;
+    until("the handshake", async || scene.fake.0.begun.load(Ordering::SeqCst) == 2).await;
+    scene.change(false);
+    // Cut at once: it hears of no end to come.
+    assert_eq!(open.read(&mut [0]).await.unwrap_or(0), 0);
+    // Whose handshake ends after that has shaken hands in vain.
+    scene.fake.0.may_end.add_permits(1);
+    assert!(!echoes(&mut late).await);
+    until("the verdict", async || scene.server.status()[0].distrusted == 2).await;
+    assert_eq!(served(), 1);
 }

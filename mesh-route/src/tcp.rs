@@ -38,6 +38,7 @@ const HTTP: u16 = 80;
 #[derive(Clone, Debug)]
 pub struct TcpRouteTable {
     ports: HashMap<u16, Port, foldhash::fast::RandomState>,
+    ended: HashMap<u16, Ended, foldhash::fast::RandomState>,
     keyed_by: KeyedBy,
     unknown: Option<Arc<TcpRoute>>,
     patience: Option<Duration>,
@@ -102,6 +103,14 @@ struct Port {
     any: Chains,
 }
 
+/// The servers of one port that answers TLS. What is behind one of them is had by its own handshake alone: neither by that
+/// of another server, nor by TLS that is passed on.
+#[derive(Clone, Debug, Default)]
+struct Ended {
+    names: HostMap<usize>,
+    servers: Vec<Port>,
+}
+
 /// What is known of one block of destinations at one port.
 #[derive(Clone, Debug, Default)]
 struct Chains {
@@ -114,41 +123,50 @@ impl TcpRouteTable {
     /// A table without routes: every connection is reset, `NR`.
     #[must_use]
     pub fn empty(keyed_by: KeyedBy) -> Self {
-        Self { ports: HashMap::default(), keyed_by, unknown: None, patience: None, clusters: Box::new([]) }
+        Self {
+            ports: HashMap::default(),
+            ended: HashMap::default(),
+            keyed_by,
+            unknown: None,
+            patience: None,
+            clusters: Box::new([]),
+        }
     }
 
     /// Adds a route at a port. What it takes that another route has already stays the other's, and is returned.
     pub fn insert(&mut self, port: u16, route: &Arc<TcpRoute>) -> Vec<TcpConflict> {
-        let port = self.ports.entry(port).or_default();
-        let blocks: Vec<_> = match route.matcher.destinations.as_slice() {
-            [] => vec![None],
-            blocks => blocks.iter().copied().map(Some).collect(),
-        };
-        let mut conflicts = Vec::new();
-        for block in blocks {
-            let chains = port.chains(block);
-            if route.matcher.sni_hosts.is_empty() {
-                match &chains.rest {
-                    Some(taken) => conflicts.push(TcpConflict {
-                        destination: block,
-                        sni: None,
-                        taken_by: Arc::clone(&taken.name),
-                    }),
-                    None => chains.rest = Some(Arc::clone(route)),
-                }
-            }
-            for name in &route.matcher.sni_hosts {
-                if chains.names.insert(name, Arc::clone(route)).is_err() {
-                    let taken = chains.names.get_pattern(&name.to_ascii_lowercase());
-                    conflicts.push(TcpConflict {
-                        destination: block,
-                        sni: Some(name.clone()),
-                        taken_by: taken.map_or_else(|| Arc::from(""), |taken| Arc::clone(&taken.name)),
-                    });
-                }
-            }
+        self.ports.entry(port).or_default().insert(route)
+    }
+
+    /// Adds a server of a port that answers TLS, whether or not it ends it, with the names by which clients reach it; which
+    /// of the port it is. A name that an older one has stays with that one, as in
+    /// [`Servers`](mesh_core::Servers).
+    pub fn insert_server(&mut self, port: u16, names: impl IntoIterator<Item = String>) -> usize {
+        let ended = self.ended.entry(port).or_default();
+        let at = ended.servers.len();
+        ended.servers.push(Port::default());
+        for name in names {
+            // The listener says which names are taken.
+            let _ = ended.names.insert(&name, at);
         }
-        conflicts
+        at
+    }
+
+    /// Adds a route for the bytes within TLS that a server of a port ended. What it takes that another route of the server
+    /// has already stays the other's, and is returned.
+    pub fn insert_within(&mut self, port: u16, server: usize, route: &Arc<TcpRoute>) -> Vec<TcpConflict> {
+        let server = self.ended.get_mut(&port).and_then(|ended| ended.servers.get_mut(server));
+        server.map_or_else(Vec::new, |server| server.insert(route))
+    }
+
+    /// The route that takes the bytes of a connection whose TLS was ended under this server name.
+    #[must_use]
+    pub fn select_within(&self, conn: &ConnInfo, sni: Option<&str>) -> Option<&Arc<TcpRoute>> {
+        let (port, address) = self.place(conn);
+        let ended = self.ended.get(&port)?;
+        // As the handshake does: without a name it is the server that answers to any.
+        let server = ended.servers.get(*ended.names.get(sni.unwrap_or_default())?)?;
+        server.candidates(address).find_map(|chains| chains.rest.as_ref())
     }
 
     /// Says that HTTP is, or may be, spoken at a port of these destinations; `None` is anywhere.
@@ -235,7 +253,11 @@ impl TcpRouteTable {
 
     /// Every route with what it takes, by port; for dumps. A route at several ports is there several times.
     pub fn iter(&self) -> impl Iterator<Item = (u16, &Arc<TcpRoute>)> {
-        let mut ports: Vec<_> = self.ports.iter().collect();
+        let within = self
+            .ended
+            .iter()
+            .flat_map(|(number, ended)| ended.servers.iter().map(move |port| (number, port)));
+        let mut ports: Vec<_> = self.ports.iter().chain(within).collect();
         ports.sort_by_key(|(number, _)| **number);
         ports.into_iter().flat_map(|(number, port)| {
             let mut routes: Vec<&Arc<TcpRoute>> = port
@@ -266,6 +288,38 @@ impl TcpRouteTable {
 }
 
 impl Port {
+    fn insert(&mut self, route: &Arc<TcpRoute>) -> Vec<TcpConflict> {
+        let blocks: Vec<_> = match route.matcher.destinations.as_slice() {
+            [] => vec![None],
+            blocks => blocks.iter().copied().map(Some).collect(),
+        };
+        let mut conflicts = Vec::new();
+        for block in blocks {
+            let chains = self.chains(block);
+            if route.matcher.sni_hosts.is_empty() {
+                match &chains.rest {
+                    Some(taken) => conflicts.push(TcpConflict {
+                        destination: block,
+                        sni: None,
+                        taken_by: Arc::clone(&taken.name),
+                    }),
+                    None => chains.rest = Some(Arc::clone(route)),
+                }
+            }
+            for name in &route.matcher.sni_hosts {
+                if chains.names.insert(name, Arc::clone(route)).is_err() {
+                    let taken = chains.names.get_pattern(&name.to_ascii_lowercase());
+                    conflicts.push(TcpConflict {
+                        destination: block,
+                        sni: Some(name.clone()),
+                        taken_by: taken.map_or_else(|| Arc::from(""), |taken| Arc::clone(&taken.name)),
+                    });
+                }
+            }
+        }
+        conflicts
+    }
+
     fn chains(&mut self, block: Option<IpNet>) -> &mut Chains {
         let Some(block) = block else { return &mut self.any };
         if block.prefix_len() == block.max_prefix_len() {

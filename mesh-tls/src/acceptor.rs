@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use mesh_core::identity::PeerInfo;
-use mesh_core::server::{DownstreamTls, Judge, Protocol, Terminate, Terminated};
+use mesh_core::server::{DownstreamTls, Judge, Protocol, Terminate, Terminated, Within};
 use mesh_core::{ConnInfo, Pinned, Prefixed, Slot};
 use rustls::crypto::CryptoProvider;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
@@ -246,6 +246,6 @@ impl Terminate for Inbound {
         _: Option<&Pinned>,
     ) -> io::Result<Terminated<Self::Io>> {
         let Secured { io, peer, protocol, sni } = self.acceptor.accept(io).await?;
-        Ok(Terminated { io, protocol, sni, identity: peer })
+        Ok(Terminated { io, protocol, sni, identity: peer, within: Within::Http })
     }
 }

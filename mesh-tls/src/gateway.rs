@@ -10,6 +10,8 @@
 //! a reload, and no connection notices. A server whose certificates are missing answers no handshake, and the log names
 //! what is missing; the others live.
 //!
+//! **Within.** HTTP for servers of HTTPS, bytes for those of TLS, for which no protocol is agreed on.
+//!
 //! **Clients.** MUTUAL and OPTIONAL_MUTUAL ask for a chain of the server's own authorities, with the names and hashes that
 //! are configured ([`PeerRule::Chain`]): a certificate without a SPIFFE ID is one of nobody, and lets in. ISTIO_MUTUAL is
 //! the mesh's own mutual TLS. Sessions are never resumed, so a client that comes back is judged again; so is one whose
@@ -28,7 +30,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
-use mesh_core::server::{DownstreamTls, Judge, Terminate, Terminated};
+use mesh_core::server::{DownstreamTls, Judge, Terminate, Terminated, Within};
 use mesh_core::{
     ClientCertificate, ConnInfo, Credential, GatewayServer, ListenerSet, Pinned, Prefixed, ServerTls, Slot,
     TlsVersion,
@@ -77,6 +79,7 @@ struct Server {
     shown: Arc<Shown>,
     asks: ClientCertificate,
     verifier: Arc<PeerVerifier>,
+    within: Within,
     /// No other has the same.
     number: u64,
 }
@@ -201,7 +204,7 @@ impl Terminate for GatewayTls {
         let io = hello.into_stream(Arc::clone(&server.config)).await.map_err(in_words)?;
         let own = server.shown.0.first().map(|(_, materials)| materials);
         let Secured { io, peer, protocol, sni } = secured(io, &self.shared.provider, own)?;
-        Ok(Terminated { io, protocol, sni, identity: peer })
+        Ok(Terminated { io, protocol, sni, identity: peer, within: server.within })
     }
 }
 
@@ -262,8 +265,13 @@ impl Shared {
         };
         let shown = Arc::new(Shown(shown));
         let mut config = builder.with_cert_resolver(Arc::clone(&shown) as _);
-        config.alpn_protocols =
-            if is_mesh { alpn::SERVER } else { alpn::EDGE }.iter().map(|name| name.to_vec()).collect();
+        let agreed = match (tls.within, is_mesh) {
+            // Whatever a client offers, nothing is agreed on: what is within is not ours to name.
+            (Within::Bytes, _) => &[],
+            (Within::Http, true) => alpn::SERVER,
+            (Within::Http, false) => alpn::EDGE,
+        };
+        config.alpn_protocols = agreed.iter().map(|name| name.to_vec()).collect();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.max_early_data_size = 0;
@@ -274,6 +282,7 @@ impl Shared {
             shown,
             asks: tls.client_certificate,
             verifier,
+            within: tls.within,
             number: MADE.fetch_add(1, Ordering::Relaxed),
         })
     }

@@ -13,7 +13,7 @@ use crate::istio::ResourceSet;
 use crate::istio::effective::scope::is_subset;
 use crate::istio::types::gateway::{Server, ServerTlsMode, ServerTlsSettings, TlsProtocol};
 use crate::istio::types::protocol::PortProtocol;
-use crate::server::{ListenerProtocol, Protocol};
+use crate::server::{ListenerProtocol, Protocol, Within};
 use crate::upstream::{Credential, CredentialFiles};
 
 impl Server {
@@ -32,21 +32,37 @@ impl Server {
         matches!(self.protocol(), Some(Tcp | Mongo | Mysql | Redis)) && self.tls.is_none()
     }
 
-    /// Whether a server routes TLS by its server name and leaves it as it is (GW-04).
+    /// Whether a server routes TLS by its server name and leaves it as it is (GW-04), by rules or by what the name says.
     #[must_use]
     pub fn is_passthrough(&self) -> bool {
+        self.passes_on(ServerTlsMode::Passthrough) || self.is_auto_passthrough()
+    }
+
+    /// Whether the server name itself says where TLS is passed on to: `outbound_.PORT_.SUBSET_.HOST`.
+    #[must_use]
+    pub fn is_auto_passthrough(&self) -> bool {
+        self.passes_on(ServerTlsMode::AutoPassthrough)
+    }
+
+    fn passes_on(&self, mode: ServerTlsMode) -> bool {
         matches!(self.protocol(), Some(PortProtocol::Tls | PortProtocol::Https))
-            && self
-                .tls
-                .as_ref()
-                .is_some_and(|tls| tls.mode == ServerTlsMode::Passthrough && !tls.https_redirect)
+            && self.tls.as_ref().is_some_and(|tls| tls.mode == mode && !tls.https_redirect)
     }
 
     /// Whether a server ends TLS and serves the HTTP within, and a stack like this can do it.
     #[must_use]
     pub fn is_terminated(&self, transport: Transport) -> bool {
-        self.protocol() == Some(PortProtocol::Https)
-            && transport.terminates_servers
+        self.protocol() == Some(PortProtocol::Https) && self.ends_tls(transport)
+    }
+
+    /// Whether a server ends TLS and passes on the bytes within, and a stack like this can do it.
+    #[must_use]
+    pub fn is_terminated_bytes(&self, transport: Transport) -> bool {
+        self.protocol() == Some(PortProtocol::Tls) && self.ends_tls(transport)
+    }
+
+    fn ends_tls(&self, transport: Transport) -> bool {
+        transport.terminates_servers
             && self.tls.as_ref().is_some_and(|tls| match tls.mode {
                 ServerTlsMode::Passthrough | ServerTlsMode::AutoPassthrough => false,
                 ServerTlsMode::Simple | ServerTlsMode::Mutual | ServerTlsMode::OptionalMutual => true,
@@ -57,7 +73,24 @@ impl Server {
     /// How a server ends TLS; `None` for one that does not.
     #[must_use]
     pub fn server_tls(&self, transport: Transport) -> Option<ServerTls> {
-        self.tls.as_ref().filter(|_| self.is_terminated(transport)).map(server_tls)
+        let within = match self.is_terminated_bytes(transport) {
+            true => Within::Bytes,
+            false if self.is_terminated(transport) => Within::Http,
+            false => return None,
+        };
+        self.tls.as_ref().map(|tls| ServerTls { within, ..server_tls(tls) })
+    }
+
+    /// The server names by which clients reach the server: its hosts. With `AUTO_PASSTHROUGH` those names have more in front,
+    /// so an exact host stands for what is below it.
+    pub fn server_names(&self) -> impl Iterator<Item = String> {
+        let is_auto = self.is_auto_passthrough();
+        self.hosts.iter().map(|host| host.split_once('/').map_or(&**host, |(_, host)| host)).map(
+            move |host| match is_auto && !host.starts_with('*') {
+                true => format!("*.{host}"),
+                false => host.to_owned(),
+            },
+        )
     }
 
     /// What a listener for the server speaks; `None` for one that nothing in such a stack can serve.
@@ -68,7 +101,7 @@ impl Server {
             Some(Protocol::Auto.into())
         } else if self.is_plain_tcp() {
             Some(ListenerProtocol::Tcp)
-        } else if self.is_terminated(transport) {
+        } else if self.is_terminated(transport) || self.is_terminated_bytes(transport) {
             Some(ListenerProtocol::Https)
         } else {
             self.is_passthrough().then_some(ListenerProtocol::Tls)
@@ -90,6 +123,7 @@ fn server_tls(tls: &ServerTlsSettings) -> ServerTls {
     let base64 = |text: &String| STANDARD.decode(text).ok()?.try_into().ok();
     ServerTls {
         credentials: credentials(tls),
+        within: Within::default(),
         client_certificate,
         subject_alt_names: tls.subject_alt_names.clone(),
         spki_hashes: tls.verify_certificate_spki.iter().filter_map(base64).collect(),
@@ -213,10 +247,9 @@ impl ListenerSet {
     }
 }
 
-/// The hosts of a server. Which namespaces may bind them is a matter of routes.
+/// The names of a server. Which namespaces may bind them is a matter of routes.
 fn names(server: &Server) -> Vec<String> {
-    let name = |host: &String| host.split_once('/').map_or(&**host, |(_, host)| host).to_owned();
-    server.hosts.iter().map(name).collect()
+    server.server_names().collect()
 }
 
 /// The suites of TLS 1.2 with forward secrecy and authenticated encryption: there are no others.
@@ -337,6 +370,36 @@ mod tests {
             said,
             ["spec.servers[1].hosts: an older server of port 443 has \"a.example.com\", and keeps it"]
         );
+    }
+
+    #[test]
+    fn gw_04_what_is_within_follows_the_protocol_of_the_port() {
+        let tls = |hosts: &str, tls: &str| https(hosts, tls).replace("HTTPS", "TLS");
+        let simple = "mode: SIMPLE, credentialName: a";
+        let (set, said) = compile(&format!(
+            "{}, {}, {}, {}",
+            https("[h.example.com]", simple),
+            tls("[bytes.example.com]", simple),
+            tls("[exact.local, '*.wide.local']", "mode: AUTO_PASSTHROUGH"),
+            tls("[passed.example.com]", "mode: PASSTHROUGH"),
+        ));
+        assert!(said.is_empty(), "{said:?}");
+        let listener = set.port(443).unwrap();
+        assert_eq!(listener.protocol, ListenerProtocol::Https);
+        let within = |name: &str| {
+            listener.servers.of(Some(name)).map(|server| server.tls.as_ref().map(|tls| tls.within))
+        };
+        assert_eq!(within("h.example.com"), Some(Some(Within::Http)));
+        assert_eq!(within("bytes.example.com"), Some(Some(Within::Bytes)));
+        for passed_on in
+            ["outbound_.80_._.exact.local", "outbound_.80_.v1_.a.wide.local", "passed.example.com"]
+        {
+            assert_eq!(within(passed_on), Some(None), "{passed_on}");
+        }
+        assert_eq!(within("exact.local"), None);
+        // Bytes and HTTP are not the same handshake, whatever the certificate.
+        let ended: Vec<_> = set.terminating().collect();
+        assert_ne!(ended[0], ended[1]);
     }
 
     #[test]

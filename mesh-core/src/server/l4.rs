@@ -37,6 +37,7 @@ use crate::listener::ListenerProtocol;
 use crate::prefixed::Prefixed;
 use crate::snapshot::Pinned;
 use crate::sniff::{Sniffed, Sniffer};
+use crate::upstream::Io;
 
 /// Read at once while a connection is sniffed: most request heads and ClientHellos.
 const CHUNK: usize = 2048;
@@ -48,6 +49,35 @@ pub trait L4: Send + Sync + 'static {
 
     /// Serves the connection to its end. Its time counts as a connection that is open.
     fn serve(&self, conn: L4Conn) -> impl Future<Output = ()> + Send + 'static;
+
+    /// Serves a connection whose TLS was ended, to its end. Default: closes it.
+    fn serve_secured(&self, conn: SecuredConn) -> impl Future<Output = ()> + Send + 'static {
+        drop(conn);
+        std::future::ready(())
+    }
+}
+
+/// A connection that is not HTTP within TLS that was ended.
+#[non_exhaustive]
+pub struct SecuredConn {
+    /// The stream, decrypted. Dropped, it ends without the notice that TLS has for an orderly end.
+    pub io: Box<dyn Io>,
+    /// What is known of the connection and of its peer, its drain, and its place among those that are open.
+    pub conn: TcpConn,
+    /// The server name that the client asked for: lower case.
+    pub sni: Option<Box<str>>,
+    /// The snapshot by which hands were shaken: what the client had to show is what its server asked for there, and so it
+    /// is to be routed by no other. Long-lived connections should not keep it.
+    pub snapshot: Option<Pinned>,
+}
+
+impl std::fmt::Debug for SecuredConn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SecuredConn")
+            .field("conn", &self.conn)
+            .field("sni", &self.sni)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What to expect of a connection.

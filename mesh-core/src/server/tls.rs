@@ -11,7 +11,7 @@
 //! peer learns no more than TLS's alert.
 //!
 //! Where servers that end TLS share a port with some that pass it on, the server name decides, and an [`L4`] takes what
-//! is passed on ([`Terminate::passes_on`]).
+//! is passed on ([`Terminate::passes_on`]). The same one takes what is no HTTP within TLS that was ended ([`Within`]).
 
 use std::future::Future;
 use std::io;
@@ -25,7 +25,7 @@ use tokio::net::TcpStream;
 use super::accept::{Accepted, ConnHandler, TcpConn};
 use super::connection::Connection;
 use super::edge::HttpStack;
-use super::l4::{Expect, L4, L4Conn, look};
+use super::l4::{Expect, L4, L4Conn, SecuredConn, look};
 use super::limits::ServerLimits;
 use super::serve::Protocol;
 use super::trust::{Judge, OpenConnections, judge_one};
@@ -77,6 +77,16 @@ pub trait Terminate: Judge {
     ) -> impl Future<Output = io::Result<Terminated<Self::Io>>> + Send;
 }
 
+/// What is within TLS that was ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Within {
+    /// HTTP.
+    #[default]
+    Http,
+    /// Bytes, for an [`L4`].
+    Bytes,
+}
+
 /// What a handshake came to.
 #[derive(Clone, Debug)]
 pub struct Terminated<I> {
@@ -88,6 +98,8 @@ pub struct Terminated<I> {
     pub sni: Option<Arc<str>>,
     /// Who the peer is, where it showed a certificate.
     pub identity: Option<Arc<PeerInfo>>,
+    /// What is served: HTTP by the listener's stack, or bytes by its [`L4`], without which they are not.
+    pub within: Within,
 }
 
 /// Serves HTTP by the listener's stack after ending TLS where it is spoken.
@@ -137,7 +149,7 @@ impl<S: HttpStack, T: Terminate, L: L4> ConnHandler<S> for WithTls<T, L> {
             let mode = tls.expect(connection.info(), snapshot.as_ref());
             if mode == DownstreamTls::Disable {
                 drop(snapshot);
-                let_in(&*tls, &connection, || edge.snapshot());
+                let_in(&*tls, &connection, Within::Http, || edge.snapshot());
                 return edge.drive(connection, Prefixed::new(Bytes::new(), stream)).await;
             }
             // Boxed, like the handshake, so that a connection does not carry it along for its life.
@@ -148,22 +160,33 @@ impl<S: HttpStack, T: Terminate, L: L4> ConnHandler<S> for WithTls<T, L> {
                 Beginning::Tls(name) => name,
                 Beginning::Plaintext => {
                     drop(snapshot);
-                    let_in(&*tls, &connection, || edge.snapshot());
+                    let_in(&*tls, &connection, Within::Http, || edge.snapshot());
                     return edge.drive(connection, io).await;
                 }
                 Beginning::Refused => return refuse_plaintext(&connection, &io),
             };
-            if let Some(l4) = beside
+            if let Some(l4) = &beside
                 && tls.passes_on(connection.info(), snapshot.as_ref(), name.as_deref())
             {
                 let conn = L4Conn { io, conn: TcpConn::new(connection), tls: true, sni: name, snapshot };
                 return Box::pin(l4.serve(conn)).await;
             }
             let done = Box::pin(shake_hands(&*tls, io, &connection, snapshot, &limits)).await;
-            let Some(Terminated { io, protocol, sni, identity }) = done else { return };
+            let Some((Terminated { io, protocol, sni, identity, within }, snapshot)) = done else { return };
             connection.secure(ConnInfo { tls: true, sni, identity, ..ConnInfo::clone(connection.info()) });
-            let_in(&*tls, &connection, || edge.snapshot());
-            edge.speaking(protocol).drive(connection, io).await;
+            let_in(&*tls, &connection, within, || edge.snapshot());
+            match (within, beside) {
+                (Within::Http, _) => edge.speaking(protocol).drive(connection, io).await,
+                (Within::Bytes, Some(l4)) if !connection.is_distrusted() => {
+                    drop(edge);
+                    let sni = connection.info().sni.as_deref().map(Into::into);
+                    let conn =
+                        SecuredConn { io: Box::new(io), conn: TcpConn::new(connection), sni, snapshot };
+                    Box::pin(l4.serve_secured(conn)).await;
+                }
+                // Nobody is there to serve it, or its peer is not let in any more: not a byte goes on.
+                (Within::Bytes, _) => {}
+            }
         }
     }
 
@@ -194,9 +217,15 @@ impl Beginning {
     }
 }
 
-/// Lets the peer in. What was trusted when it came is not always what is trusted now.
-fn let_in(judge: &impl Judge, connection: &Arc<Connection>, snapshot: impl FnOnce() -> Option<Pinned>) {
-    if connection.let_in(false) {
+/// Lets the peer in. What was trusted when it came is not always what is trusted now: who would not be let in by that is
+/// distrusted at once.
+fn let_in(
+    judge: &impl Judge,
+    connection: &Arc<Connection>,
+    within: Within,
+    snapshot: impl FnOnce() -> Option<Pinned>,
+) {
+    if connection.let_in(within == Within::Bytes) {
         judge_one(judge, connection, snapshot().as_ref());
     }
 }
@@ -210,13 +239,14 @@ fn refuse_plaintext(connection: &Connection, io: &Prefixed<TcpStream>) {
     }
 }
 
+/// Shakes hands. With what it came to, the snapshot by which it did.
 async fn shake_hands<T: Terminate>(
     tls: &T,
     io: Prefixed<TcpStream>,
     connection: &Connection,
     snapshot: Option<Pinned>,
     limits: &ServerLimits,
-) -> Option<Terminated<T::Io>> {
+) -> Option<(Terminated<T::Io>, Option<Pinned>)> {
     let info = connection.info();
     let fail = |error: &dyn std::fmt::Display| {
         connection.stats().handshake_failures.fetch_add(1, Ordering::Relaxed);
@@ -231,7 +261,7 @@ async fn shake_hands<T: Terminate>(
     tokio::select! {
         biased;
         done = handshake => match done {
-            Ok(Ok(terminated)) => return Some(terminated),
+            Ok(Ok(terminated)) => return Some((terminated, snapshot)),
             Ok(Err(error)) => fail(&error),
             Err(_) => fail(&"it took too long"),
         },

@@ -5,10 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use mesh_core::istio::effective::scope::is_subset;
-use mesh_core::istio::types::destination_rule::Subset;
+use mesh_core::istio::types::destination_rule::{ClientTlsMode, Subset};
 use mesh_core::istio::types::sidecar::OutboundMode;
 use mesh_core::registry::{Instance, Resolution, Service, ServicePort};
-use mesh_core::{ClusterName, Direction};
+use mesh_core::{ClusterName, Direction, UpstreamTls};
 
 use super::mesh::Mesh;
 use super::{load_balancer, policy, tls};
@@ -80,6 +80,40 @@ impl<'m> Clusters<'m> {
         if let Some(cluster) = self.made.get(&name) {
             return Some(Arc::clone(cluster));
         }
+        let spec = self.spec(service, port, subset, name)?;
+        Some(self.keep(spec))
+    }
+
+    /// The cluster to which TLS of the mesh is passed on as it is, under the server name that asks for it
+    /// (`AUTO_PASSTHROUGH`): that of [`of`](Self::of), without TLS of our own, and with the workloads alone that speak the
+    /// mesh's mutual TLS. Nothing looks at what is passed on, so they have to judge it. `None` when the subset is not
+    /// defined, or nobody there speaks it.
+    pub(super) fn passed_on(
+        &mut self,
+        service: &Service,
+        port: &ServicePort,
+        subset: &str,
+    ) -> Option<Arc<Cluster>> {
+        let name = format!("outbound_.{}_.{subset}_.{}", port.number, service.host);
+        let mut spec = self.spec(service, port, subset, ClusterName::custom(name))?;
+        spec.tls = UpstreamTls::Disable;
+        let subset = Some(subset).filter(|subset| !subset.is_empty());
+        let rule = self.mesh.rule(service);
+        match self.mesh.policy(rule.as_ref(), subset, port.number).tls.map(|settings| settings.mode) {
+            None => spec.discovery = workloads(spec.discovery, true)?,
+            Some(ClientTlsMode::IstioMutual) => spec.discovery = workloads(spec.discovery, false)?,
+            Some(ClientTlsMode::Disable | ClientTlsMode::Simple | ClientTlsMode::Mutual) => return None,
+        }
+        Some(self.keep(spec))
+    }
+
+    fn spec(
+        &mut self,
+        service: &Service,
+        port: &ServicePort,
+        subset: &str,
+        name: ClusterName,
+    ) -> Option<ClusterSpec> {
         let rule = self.mesh.rule(service);
         let subset = match subset {
             "" => None,
@@ -90,8 +124,7 @@ impl<'m> Clusters<'m> {
             self.mesh.policy(rule.as_ref(), subset.map(|subset| subset.name.as_str()), port.number);
         policy::apply(&effective, self.mesh, port, &mut spec);
         spec.tls = tls::upstream(&effective, self.mesh, service, port, subset.map(|subset| &*subset.name));
-        let spec = load_balancer::apply(&effective, rule.as_ref(), self.mesh, &self.client, spec);
-        Some(self.keep(spec))
+        Some(load_balancer::apply(&effective, rule.as_ref(), self.mesh, &self.client, spec))
     }
 
     /// Makes the clusters of every port and subset of a service, whether or not a route names them, as `/clusters`
@@ -183,6 +216,25 @@ fn discovery(
             Some(first) => Discovery::LogicalDns(dns(first)),
             None => Discovery::Static(Vec::new()),
         },
+    }
+}
+
+/// The endpoints that are known, with an identity of the mesh where one is `demanded`; `None` for none. Where connections
+/// were going before a redirect says nothing at a gateway.
+fn workloads(discovery: Discovery, demanded: bool) -> Option<Discovery> {
+    match discovery {
+        Discovery::Static(mut endpoints) => {
+            endpoints.retain(|endpoint| endpoint.has_identity || !demanded);
+            (!endpoints.is_empty()).then_some(Discovery::Static(endpoints))
+        }
+        Discovery::StrictDns(mut endpoints) => {
+            endpoints.retain(|endpoint| endpoint.has_identity || !demanded);
+            (!endpoints.is_empty()).then_some(Discovery::StrictDns(endpoints))
+        }
+        Discovery::LogicalDns(endpoint) => {
+            (endpoint.has_identity || !demanded).then_some(Discovery::LogicalDns(endpoint))
+        }
+        Discovery::OriginalDst | Discovery::OriginalDstPort(_) | Discovery::BlackHole => None,
     }
 }
 

@@ -117,7 +117,7 @@ const L4_RULES: &[&str] = &[
 ];
 
 /// What the routes of connections give meaning to, beside what those of requests do.
-pub(super) fn honour_l4(set: &ResourceSet, diags: &mut Diagnostics) {
+pub(super) fn honour_l4(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) {
     diags.honour_mesh("protocolDetectionTimeout");
     for resource in set.virtual_services() {
         diags.honour_all(resource.doc, L4_RULES);
@@ -129,6 +129,10 @@ pub(super) fn honour_l4(set: &ResourceSet, diags: &mut Diagnostics) {
             }
             if server.is_passthrough() {
                 diags.honour(resource.doc, &format!("spec.servers[{at}].tls"));
+            }
+            if server.is_terminated_bytes(cx.transport) {
+                diags.honour(resource.doc, &format!("spec.servers[{at}].port"));
+                honour_termination(server, resource.doc, at, diags);
             }
         }
     }

@@ -7,7 +7,9 @@
 //! service, so one may have the HTTP rules of a host and another its TCP rules.
 //!
 //! **At a gateway** a TCP server has the first `tcp[]` rule of the virtual services attached to it, and a passthrough
-//! server the server names of their `tls[]` rules.
+//! server the server names of their `tls[]` rules. A server that ends TLS has `tcp[]` rules as well, which nobody
+//! reaches but by its own handshake. With `AUTO_PASSTHROUGH` there are no rules: every service of the mesh that its hosts
+//! cover is there, by port and subset, under the server name that Istio's sidecars ask for.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -24,6 +26,7 @@ use mesh_core::istio::types::virtual_service::{
 };
 use mesh_core::istio::{Resource, ResourceSet};
 use mesh_core::registry::{AppProtocol, Service, ServicePort};
+use mesh_core::server::ListenerProtocol;
 
 use super::clusters::{Clusters, Found};
 use super::gateway::is_selected;
@@ -43,7 +46,7 @@ const HTTP: u16 = 80;
 /// What the workload connects to, or what comes to the TCP and passthrough servers of a gateway.
 impl Compile<ResourceSet> for TcpRouteTable {
     fn compile(set: &ResourceSet, cx: &CompileContext, diags: &mut Diagnostics) -> Result<Self, Rejected> {
-        honour::honour_l4(set, diags);
+        honour::honour_l4(set, cx, diags);
         let mesh = Mesh::new(set, cx);
         let mut clusters = Clusters::new(&mesh);
         let table = Self::empty(KeyedBy::from(cx.role.direction()));
@@ -70,6 +73,8 @@ struct Place<'p> {
     port: u16,
     /// The addresses of the service; empty is anywhere.
     blocks: &'p [IpNet],
+    /// The server of the port that ended TLS; `None` where none does.
+    within: Option<usize>,
 }
 
 /// What matches of TLS and of TCP have in common.
@@ -113,7 +118,7 @@ impl<'m> Rules<'_, 'm> {
             let imported = |port: &&ServicePort| mesh.imports(&service.namespace, &service.host, port.number);
             for port in service.ports.iter().filter(imported) {
                 let gateways = [MESH.to_owned()];
-                let place = Place { gateways: &gateways, port: port.number, blocks: &blocks };
+                let place = Place { gateways: &gateways, port: port.number, blocks: &blocks, within: None };
                 let kind = match port.protocol {
                     AppProtocol::Http | AppProtocol::Http2 => {
                         self.table.insert_http(port.number, None, HttpPort::Declared);
@@ -219,10 +224,16 @@ impl<'m> Rules<'_, 'm> {
             let gateways = [format!("{namespace}/{}", gateway.meta.name)];
             for server in &gateway.spec.servers {
                 let tls = server.is_passthrough();
+                let ended = server.is_terminated_bytes(mesh.cx.transport);
                 let port = server.port.as_ref().and_then(|port| u16::try_from(port.number).ok());
-                let Some(port) = port.filter(|port| *port != 0 && (tls || server.is_plain_tcp())) else {
+                let Some(port) = port.filter(|port| *port != 0) else { continue };
+                let protocol = server.listener_protocol(mesh.cx.transport);
+                // Every name belongs to one server, also where that has no route for it.
+                let at = matches!(protocol, Some(ListenerProtocol::Tls | ListenerProtocol::Https))
+                    .then(|| self.table.insert_server(port, server.server_names()));
+                if !(tls || ended || server.is_plain_tcp()) {
                     continue;
-                };
+                }
                 let served: Vec<(&str, String)> = server
                     .hosts
                     .iter()
@@ -231,7 +242,12 @@ impl<'m> Rules<'_, 'm> {
                         (if scope == "." { namespace } else { scope }, mesh.resolve(host, namespace))
                     })
                     .collect();
-                let place = Place { gateways: &gateways, port, blocks: &[] };
+                if server.is_auto_passthrough() {
+                    self.services_by_name(port, &served);
+                    continue;
+                }
+                let within = at.filter(|_| ended);
+                let place = Place { gateways: &gateways, port, blocks: &[], within };
                 for resource in mesh.set.virtual_services() {
                     if !is_attached(resource, &gateways) || !self.is_exposed(resource, namespace, &served) {
                         continue;
@@ -241,6 +257,32 @@ impl<'m> Rules<'_, 'm> {
                     } else {
                         self.tcp(resource, &place);
                     }
+                }
+            }
+        }
+    }
+
+    /// Every port and subset of the mesh's services that a server's hosts cover, by `outbound_.PORT_.SUBSET_.HOST`.
+    fn services_by_name(&mut self, port: u16, served: &[(&str, String)]) {
+        let mesh = self.mesh;
+        let inside = |service: &&&Service| service.alias_of.is_none() && !service.external;
+        for service in mesh.visible().iter().filter(inside) {
+            let is_served = |(scope, host): &(&str, String)| {
+                (*scope == "*" || *scope == &*service.namespace) && is_covered_by(&service.host, host)
+            };
+            if !served.iter().any(is_served) {
+                continue;
+            }
+            let subsets = mesh.rule(service).map(|rule| rule.subsets).unwrap_or_default();
+            let names: Vec<_> = subsets.iter().map(|subset| &*subset.name).collect();
+            for of in &service.ports {
+                for subset in std::iter::once("").chain(names.iter().copied()) {
+                    let Some(cluster) = self.clusters.passed_on(service, of, subset) else { continue };
+                    let matcher =
+                        TcpMatch { sni_hosts: vec![cluster.name().to_string()], ..TcpMatch::default() };
+                    // Two servers of one port may both cover it: it is the same route.
+                    self.table
+                        .insert(port, &Arc::new(TcpRoute::forward("auto_passthrough", matcher, cluster)));
                 }
             }
         }
@@ -386,7 +428,11 @@ impl<'m> Rules<'_, 'm> {
         };
         let matcher = TcpMatch { sni_hosts: sni_hosts.to_vec(), destinations };
         let route = Arc::new(TcpRoute::new(default_name(resource, path), matcher, weighted));
-        for conflict in self.table.insert(place.port, &route) {
+        let conflicts = match place.within {
+            Some(server) => self.table.insert_within(place.port, server, &route),
+            None => self.table.insert(place.port, &route),
+        };
+        for conflict in conflicts {
             let message = format!("{conflict} at port {}: this rule has no effect for them", place.port);
             self.diags.warning_at(resource.doc, format!("{path}.match"), message);
         }

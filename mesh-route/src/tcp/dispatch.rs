@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use mesh_core::server::{Expect, L4, L4Conn};
+use mesh_core::server::{Expect, L4, L4Conn, SecuredConn};
 use mesh_core::{ConnInfo, Pinned, ResponseFlags, Slot, Spoken};
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -70,6 +70,15 @@ pub struct TcpReport {
     pub duration: Duration,
 }
 
+/// What became of a connection's TLS before it came here.
+#[derive(Clone, Copy)]
+enum Tls {
+    /// Nothing: it goes on as it came, if it is TLS at all.
+    AsItIs,
+    /// It was ended.
+    Ended,
+}
+
 /// An endpoint that was picked, and what its connection holds.
 struct Picked {
     endpoint: Arc<Endpoint>,
@@ -110,7 +119,7 @@ impl TcpDispatch {
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        self.run(conn, sni, snapshot, io, cut).await.0
+        self.run(conn, sni, snapshot, Tls::AsItIs, io, cut).await.0
     }
 
     /// [`forward`](Self::forward), and the downstream if there was no upstream for it.
@@ -119,6 +128,7 @@ impl TcpDispatch {
         conn: &ConnInfo,
         sni: Option<Box<str>>,
         snapshot: Option<Pinned>,
+        tls: Tls,
         io: T,
         cut: impl Future<Output = ()>,
     ) -> (TcpReport, Option<T>)
@@ -127,7 +137,7 @@ impl TcpDispatch {
     {
         let meter = Meter::new();
         let mut report = TcpReport { sni, ..TcpReport::default() };
-        let picked = self.pick(conn, snapshot.as_ref(), &mut report);
+        let picked = self.pick(conn, snapshot.as_ref(), tls, &mut report);
         drop(snapshot);
         let mut cut = pin!(cut);
         let left = match picked {
@@ -185,11 +195,15 @@ impl TcpDispatch {
         &self,
         conn: &ConnInfo,
         snapshot: Option<&Pinned>,
+        tls: Tls,
         report: &mut TcpReport,
     ) -> Result<Picked, ResponseFlags> {
         let table = self.table.get_in(snapshot);
         let route = table
-            .and_then(|table| table.select(conn, report.sni.as_deref()))
+            .and_then(|table| match tls {
+                Tls::AsItIs => table.select(conn, report.sni.as_deref()),
+                Tls::Ended => table.select_within(conn, report.sni.as_deref()),
+            })
             .ok_or(ResponseFlags::NO_ROUTE_FOUND)?;
         report.route = Some(route.name().into());
         let destination = route.destinations().pick(&mut self.shard.lock().rng);
@@ -249,12 +263,22 @@ impl L4 for TcpDispatch {
     fn serve(&self, accepted: L4Conn) -> impl Future<Output = ()> + Send + 'static {
         serve(self.clone(), accepted)
     }
+
+    fn serve_secured(&self, accepted: SecuredConn) -> impl Future<Output = ()> + Send + 'static {
+        let dispatch = self.clone();
+        async move {
+            let SecuredConn { io, conn, sni, snapshot, .. } = accepted;
+            // Without an upstream it ends without TLS's notice of an end.
+            dispatch.run(&Arc::clone(conn.info()), sni, snapshot, Tls::Ended, io, conn.cut()).await;
+        }
+    }
 }
 
 async fn serve(dispatch: TcpDispatch, mut accepted: L4Conn) {
     let (sni, snapshot) = (accepted.sni.take(), accepted.snapshot.take());
     let info = Arc::clone(accepted.conn.info());
-    let (_, left) = dispatch.run(&info, sni, snapshot, &mut accepted.io, accepted.conn.cut()).await;
+    let (_, left) =
+        dispatch.run(&info, sni, snapshot, Tls::AsItIs, &mut accepted.io, accepted.conn.cut()).await;
     if left.is_some() {
         accepted.reset();
     }

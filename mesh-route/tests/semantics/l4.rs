@@ -11,8 +11,8 @@ use mesh_core::config::{Compile as _, CompileContext, Role};
 use mesh_core::diagnostics::{Diagnostics, Severity};
 use mesh_core::istio::{LoadOptions, ResourceSet, SourceFile};
 use mesh_core::server::Expect;
-use mesh_core::{ConnInfo, Direction, Slot};
-use mesh_route::{Clusters, Shard, TcpDispatch, TcpReport, TcpRouteTable};
+use mesh_core::{ConnInfo, Direction, Slot, UpstreamTls};
+use mesh_route::{Clusters, Discovery, Shard, TcpDispatch, TcpReport, TcpRouteTable};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::net::TcpListener;
 
@@ -723,4 +723,157 @@ fn gw_04_passthrough_and_tcp_servers() {
     });
     let it = compile_gateway(&(services + &gateway(servers) + &twice.concat()));
     it.warns("spec.tls[0].match", "taken by the route \"v.default.tls[0]\"");
+}
+
+/// For a gateway whose stack ends TLS.
+fn compile_terminating(yaml: &str) -> It {
+    let mut cx = CompileContext::new(Role::Gateway);
+    cx.workload.labels = [("istio".to_owned(), "ingressgateway".to_owned())].into();
+    cx.transport.terminates_servers = true;
+    compile_for(&cx, yaml)
+}
+
+impl It {
+    /// Where the bytes go whose TLS was ended under this name.
+    fn within(&self, sni: Option<&str>) -> Option<String> {
+        let route = self.table.select_within(&at(443), sni)?;
+        route.destinations().iter().next().map(|(_, to)| to.name.to_string())
+    }
+}
+
+fn tls(hosts: &str, tls: &str) -> String {
+    format!(
+        "{{port: {{number: 443, name: tls{}, protocol: TLS}}, hosts: {hosts}, tls: {{{tls}}}}}",
+        hosts.len()
+    )
+}
+
+#[test]
+fn gw_04_what_is_behind_a_server_is_had_by_its_own_handshake_alone() {
+    let gateway = |name: &str, servers: &str| {
+        resource("Gateway", name, &format!("{{selector: {{istio: ingressgateway}}, servers: [{servers}]}}"))
+    };
+    let rules = resource(
+        "VirtualService",
+        "v",
+        &format!("{{hosts: ['*'], gateways: [guarded], tcp: [{}]}}", rule("", "db.example.com")),
+    );
+    let db = Some("outbound|9000||db.example.com");
+    for wide in ["['*.example.com']", "['*']"] {
+        let others = [
+            tls("[p.example.com]", "mode: PASSTHROUGH"),
+            tls("[so.example.com]", "mode: SIMPLE, credentialName: own"),
+            "{port: {number: 443, name: https, protocol: HTTPS}, hosts: [h.example.com], tls: {mode: SIMPLE, credentialName: own}}".to_owned(),
+            tls("['*.example.net']", "mode: AUTO_PASSTHROUGH"),
+        ];
+        let guarded = gateway("guarded", &tls(wide, "mode: MUTUAL, credentialName: own"));
+        for yaml in [
+            guarded.clone() + &gateway("open", &others.join(", ")),
+            gateway("open", &others.join(", ")) + &guarded,
+        ] {
+            let it = compile_terminating(&(entry("db.example.com", TCP, DNS) + &yaml + &rules));
+            assert_eq!(it.unenforced(), [] as [&str; 0]);
+            assert_eq!(it.within(Some("a.example.com")).as_deref(), db);
+            assert_eq!(it.within(Some("A.example.com")).as_deref(), db);
+            // Their handshakes asked for no certificate, or were none of ours.
+            for foreign in ["p.example.com", "so.example.com", "h.example.com", "a.example.net"] {
+                assert_eq!(it.within(Some(foreign)), None, "{foreign}");
+            }
+            // Whoever asks for no name shook hands with the server that answers to any.
+            assert_eq!(it.within(None).as_deref(), db.filter(|_| wide == "['*']"));
+            assert_eq!(it.within(Some("example.org")).as_deref(), db.filter(|_| wide == "['*']"));
+            // What is passed on has no handshake at all.
+            for name in [Some("p.example.com"), Some("a.example.com"), None] {
+                assert_eq!(it.clusters(&at(443), name), None, "{name:?}");
+            }
+        }
+    }
+    // A server of TLS that cannot be ended here is an error, and there is nothing behind it.
+    let yaml = entry("db.example.com", TCP, DNS)
+        + &gateway("guarded", &tls("['*']", "mode: MUTUAL, credentialName: own"))
+        + &rules;
+    let it = compile_gateway(&yaml);
+    assert_eq!((it.within(Some("a.example.com")), it.clusters(&at(443), None)), (None, None));
+    let left = it.set.unhonoured(&it.diags, Severity::Error);
+    assert!(left.iter().any(|left| left.severity == Severity::Error), "{left:?}");
+}
+
+#[test]
+fn gw_04_auto_passthrough_opens_the_workloads_of_the_mesh_that_its_hosts_cover() {
+    let service = |name: &str, location: &str, endpoints: &str, more: &str| {
+        entry(
+            &format!("{name}.ns.svc.cluster.local"),
+            "number: 80, name: http, protocol: HTTP",
+            &format!("location: {location}, resolution: STATIC, endpoints: [{endpoints}]{more}"),
+        )
+    };
+    let (known, plain) = ("{address: 10.0.0.1, serviceAccount: sa}", "{address: 10.0.0.2}");
+    let rule = |name: &str, spec: &str| {
+        resource("DestinationRule", name, &format!("{{host: {name}.ns.svc.cluster.local, {spec}}}"))
+    };
+    let services = service("app", "MESH_INTERNAL", &format!("{known}, {plain}"), "")
+        + &service("outside", "MESH_EXTERNAL", known, "")
+        + &service("plain", "MESH_INTERNAL", plain, "")
+        + &service("off", "MESH_INTERNAL", known, "")
+        + &service("simple", "MESH_INTERNAL", known, "")
+        + &service("on", "MESH_INTERNAL", plain, "")
+        + &service("secret", "MESH_INTERNAL", known, ", exportTo: [elsewhere]")
+        + &rule("app", "subsets: [{name: v1, labels: {}}]")
+        + &rule("off", "trafficPolicy: {tls: {mode: DISABLE}}")
+        + &rule("simple", "trafficPolicy: {tls: {mode: SIMPLE}}")
+        + &rule("on", "trafficPolicy: {tls: {mode: ISTIO_MUTUAL}}");
+    let auto =
+        |hosts: &str| compile_gateway(&(services.clone() + &gateway(&tls(hosts, "mode: AUTO_PASSTHROUGH"))));
+    let reached = |it: &It, name: &str| it.clusters(&at(443), Some(name)).is_some();
+    let name =
+        |subset: &str, service: &str| format!("outbound_.80_.{subset}_.{service}.ns.svc.cluster.local");
+    let it = auto("['*.local']");
+    assert_eq!(it.unenforced(), [] as [&str; 0]);
+    for (subset, service, expected) in [
+        ("", "app", true),
+        ("v1", "app", true),
+        ("v2", "app", false),
+        ("", "on", true),
+        // Nothing at the gateway looks at what is passed on: those that do not judge their clients are not there.
+        ("", "plain", false),
+        ("", "off", false),
+        ("", "simple", false),
+        ("", "outside", false),
+        ("", "secret", false),
+        ("", "nobody", false),
+    ] {
+        assert_eq!(reached(&it, &name(subset, service)), expected, "{subset:?} of {service}");
+    }
+    for foreign in [
+        "app.ns.svc.cluster.local",
+        "outbound_.81_._.app.ns.svc.cluster.local",
+        "outbound|80||app.ns.svc.cluster.local",
+        "inbound_.80_._.app.ns.svc.cluster.local",
+        "x.outbound_.80_._.app.ns.svc.cluster.local",
+    ] {
+        assert!(!reached(&it, foreign), "{foreign}");
+    }
+    assert_eq!(it.clusters(&at(443), None), None);
+    assert_eq!(it.clusters(&at(8443), Some(&name("", "app"))), None);
+    // Of its endpoints those without an identity are left out, and it is passed on as it is.
+    let clusters = it.table.clusters();
+    let app = clusters.iter().find(|cluster| cluster.name().to_string() == name("", "app")).unwrap();
+    assert_eq!(app.spec().tls, UpstreamTls::Disable);
+    let Discovery::Static(endpoints) = &app.spec().discovery else { panic!("{:?}", app.spec().discovery) };
+    assert_eq!(endpoints.iter().map(|it| it.addr.to_string()).collect::<Vec<_>>(), ["10.0.0.1:80"]);
+    // No more than the hosts of the server.
+    for (hosts, of_app, of_on) in [
+        ("['*']", true, true),
+        ("[app.ns.svc.cluster.local]", true, false),
+        ("['default/*']", true, true),
+        ("['other/*']", false, false),
+        ("['*.example.com']", false, false),
+    ] {
+        let it = auto(hosts);
+        assert_eq!(
+            (reached(&it, &name("", "app")), reached(&it, &name("", "on"))),
+            (of_app, of_on),
+            "{hosts}"
+        );
+    }
 }
