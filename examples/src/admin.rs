@@ -13,6 +13,7 @@ use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use mesh_core::config::Workload;
 use mesh_core::diagnostics::{Diagnostic, Severity};
+use mesh_core::identity::SpiffeId;
 use mesh_core::server::{HttpStack, Phase, Server};
 use mesh_core::{Body, Direction, EdgeSettings, Slot, Snapshots};
 use mesh_route::canary::Canaries;
@@ -63,7 +64,7 @@ pub struct Admin {
     pub access_log: Option<DroppedLines>,
     /// When the process began.
     pub started: Instant,
-    /// The identity that an authority signs, where one is asked.
+    /// The identity that somebody else gives us, where one is asked.
     pub identity: Option<Asked>,
     /// What handshakes of the mesh use.
     pub materials: Materials,
@@ -98,7 +99,7 @@ impl Port {
 const PATHS: &[(&str, &str)] = &[
     (
         "/ready",
-        "200 when requests are served, 503 during a drain and before --ca has signed; generation, identity",
+        "200 when requests are served, 503 during a drain and before --ca or --spiffe-endpoint gave an identity; generation, identity",
     ),
     ("/healthz/ready", "the same, for probes"),
     ("/config_dump", "the configuration in force: routes, diagnostics, what is not enforced"),
@@ -233,7 +234,7 @@ impl Admin {
             "security_not_enforced": security,
         });
         if let Some(asked) = &self.identity {
-            body["identity"] = identity(asked);
+            body["identity"] = identity(asked, &self.materials);
         }
         json(if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &body)
     }
@@ -435,12 +436,14 @@ impl Admin {
     }
 }
 
-/// How it stands with the identity that an authority signs.
-fn identity(asked: &Asked) -> Value {
+/// How it stands with the identity that somebody else gives us.
+fn identity(asked: &Asked, materials: &Materials) -> Value {
+    let material = materials.load();
+    let id = asked.id.as_ref().or(material.identity.as_ref().and_then(|identity| identity.spiffe_id()));
     let state = asked.state.borrow();
     let until = state.held_until.map(|until| humantime::format_rfc3339_seconds(until).to_string());
     json!({
-        "id": asked.id.as_str(),
+        "id": id.map(SpiffeId::as_str),
         "valid_until": until,
         "received": state.received,
         "failures": state.failures,

@@ -194,6 +194,22 @@ pub struct Common {
     #[arg(long, value_name = "FILE", requires = "ca")]
     pub ca_root: Option<PathBuf>,
 
+    /// The agent that gives this workload its identity, by the SPIFFE Workload API, as SPIRE's; without a value
+    /// SPIFFE_ENDPOINT_SOCKET says where it is. --trust-domain is the one that is taken, else that of the first identity;
+    /// until it comes, whatever needs an identity is refused [default: no agent]
+    #[arg(
+        long,
+        value_name = "unix:///PATH",
+        num_args = 0..=1,
+        default_missing_value = "",
+        conflicts_with_all = ["identity_dir", "ca"]
+    )]
+    pub spiffe_endpoint: Option<String>,
+
+    /// Which of several identities of --spiffe-endpoint, by its SPIFFE ID or by the operator's hint [default: the first]
+    #[arg(long, value_name = "spiffe://ID|HINT", requires = "spiffe_endpoint")]
+    pub spiffe_svid: Option<String>,
+
     /// The name of this cluster, which istiod asks for (ISTIO_META_CLUSTER_ID)
     #[arg(long, value_name = "NAME", default_value = "Kubernetes")]
     pub cluster_id: String,

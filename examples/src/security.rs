@@ -3,7 +3,7 @@
 //! Where the identity comes from is known before anything is compiled, because what can be enforced depends on it: with one,
 //! destinations with an identity are called over mutual TLS and PeerAuthentication is enforced; without one, a demand for
 //! it is an error that is said, and nothing goes out or comes in as plaintext in its place. One that an authority has yet
-//! to sign counts as one: until it is there, what needs it is refused, and what does not is served.
+//! to sign, or an agent to give, counts as one: until it is there, what needs it is refused, and what does not is served.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,8 +14,9 @@ use mesh_core::identity::{SpiffeId, TrustDomain};
 use mesh_core::{Credential, ListenerSet, Slot, UpstreamTls};
 use mesh_route::{Cluster, Shard};
 use mesh_tls::istio::Secrets;
-use mesh_tls::istio_ca::{CaState, IstioCa, IstioCaSource};
-use mesh_tls::source::{CertSource as _, IdentityFiles};
+use mesh_tls::istio_ca::{IstioCa, IstioCaSource};
+use mesh_tls::source::{CertSource as _, CertState, IdentityFiles};
+use mesh_tls::spiffe::{SpiffeSource, SvidChoice, WorkloadApi};
 use mesh_tls::{Acceptor, Connector, Credentials, GatewayTls, Inbound, InboundTls, Materials};
 use rustls::crypto::CryptoProvider;
 use tokio::runtime::Handle;
@@ -38,30 +39,40 @@ pub struct Security {
     trust_domain: Option<String>,
     /// Other workloads of this process.
     workloads: Arc<Mutex<Vec<(String, Materials)>>>,
-    authority: Option<Arc<IstioCa>>,
-    /// Who the authority is asked to say that we are.
+    /// The trust domains that the configuration names.
+    named: Arc<Mutex<Vec<String>>>,
+    issuer: Option<Issuer>,
+    /// Who is asked to say who we are.
     asked: Arc<OnceLock<Asked>>,
 }
 
-/// An identity that an authority signs.
+/// Who says who we are, beside files.
+#[derive(Clone, Debug)]
+enum Issuer {
+    Authority(Arc<IstioCa>),
+    Agent(WorkloadApi, SvidChoice),
+}
+
+/// An identity that somebody else gives us while we run.
 #[derive(Clone, Debug)]
 pub struct Asked {
-    /// Who we are.
-    pub id: SpiffeId,
+    /// Who we are, where we say it ourselves; an agent knows it better.
+    pub id: Option<SpiffeId>,
     /// How it stands.
-    pub state: watch::Receiver<CaState>,
+    pub state: watch::Receiver<CertState>,
 }
 
 impl Security {
-    /// Reads the identity of `--identity-dir`, and follows its files; or gets ready to ask `--ca` for one; without either
-    /// there is none. The trust domain of the command line is trusted beside that of the identity.
+    /// Reads the identity of `--identity-dir`, and follows its files; or gets ready to ask `--ca` or `--spiffe-endpoint` for
+    /// one; without any of them there is none. The trust domain of the command line is trusted beside that of the identity.
     ///
     /// # Errors
     /// When the files are missing, cannot be read, or do not go together, or the address is none; the words are for the
     /// user.
     pub fn new(common: &Common, places: Places, runtime: &Handle) -> Result<Self, String> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let authority = authority(common, &provider)?.map(Arc::new);
+        let authority = authority(common, &provider)?.map(|authority| Issuer::Authority(Arc::new(authority)));
+        let issuer = agent(common)?.or(authority);
         let dir: Option<&Path> = common.identity_dir.as_deref();
         let mesh = match dir {
             None => Materials::none(),
@@ -92,7 +103,8 @@ impl Security {
             gateway: Arc::default(),
             trust_domain: common.trust_domain.clone(),
             workloads: Arc::default(),
-            authority,
+            named: Arc::default(),
+            issuer,
             asked: Arc::default(),
         };
         security.set_trust_domains([]);
@@ -109,7 +121,14 @@ impl Security {
         let connector = Connector::new(mesh.clone(), Arc::clone(&self.provider))
             .credentials(Arc::clone(&self.credentials) as Arc<dyn Credentials>);
         self.workloads.lock().unwrap_or_else(PoisonError::into_inner).push((name.to_owned(), mesh.clone()));
-        let security = Self { mesh, acceptor, connector, gateway: Arc::default(), ..self.clone() };
+        let security = Self {
+            mesh,
+            acceptor,
+            connector,
+            gateway: Arc::default(),
+            named: Arc::default(),
+            ..self.clone()
+        };
         security.set_trust_domains([]);
         Ok(security)
     }
@@ -132,31 +151,59 @@ impl Security {
     /// What the stacks of this process can do.
     #[must_use]
     pub fn transport(&self) -> Transport {
-        let has_identity = self.authority.is_some() || self.mesh.load().identity.is_some();
+        let has_identity = self.issuer.is_some() || self.mesh.load().identity.is_some();
         Transport { originates: true, terminates: has_identity, terminates_servers: true, has_identity }
     }
 
-    /// Begins to ask the authority, where there is one, for the identity of a service account. Once.
+    /// Begins to ask the authority or the agent, where there is one, for our identity: of an authority that of a service
+    /// account. Once.
     ///
     /// # Errors
     /// When trust domain, namespace and service account are no identity; the words are for the user.
     pub fn ask(&self, trust_domain: &str, common: &Common, runtime: &Handle) -> Result<(), String> {
-        let Some(authority) = &self.authority else { return Ok(()) };
         let invalid = |what: &str, error: mesh_core::identity::InvalidSpiffeId| format!("{what}: {error}");
-        let domain: TrustDomain =
-            trust_domain.parse().map_err(|error| invalid("the trust domain of this workload", error))?;
-        let id = SpiffeId::workload(&domain, &common.namespace, &common.service_account)
-            .map_err(|error| invalid("--namespace and --service-account", error))?;
-        let source = IstioCaSource::new(IstioCa::clone(authority), id.clone(), Arc::clone(&self.provider));
-        if self.asked.set(Asked { id, state: source.state() }).is_ok() {
-            let named: Vec<_> = self.mesh.trust_domains().iter().cloned().collect();
-            self.set_trust_domains(named);
-            runtime.spawn(source.run(self.mesh.clone()));
+        match &self.issuer {
+            None => {}
+            Some(Issuer::Authority(authority)) => {
+                let domain: TrustDomain = trust_domain
+                    .parse()
+                    .map_err(|error| invalid("the trust domain of this workload", error))?;
+                let id = SpiffeId::workload(&domain, &common.namespace, &common.service_account)
+                    .map_err(|error| invalid("--namespace and --service-account", error))?;
+                let provider = Arc::clone(&self.provider);
+                let source = IstioCaSource::new(IstioCa::clone(authority), id.clone(), provider);
+                if self.asked.set(Asked { id: Some(id), state: source.state() }).is_ok() {
+                    self.believe(None);
+                    runtime.spawn(source.run(self.mesh.clone()));
+                }
+            }
+            Some(Issuer::Agent(api, choice)) => {
+                let source =
+                    SpiffeSource::new(api.clone(), Arc::clone(&self.provider)).choose(choice.clone());
+                let source = match &self.trust_domain {
+                    None => source,
+                    Some(ours) => {
+                        let ours = ours.parse().map_err(|error| invalid("--trust-domain", error))?;
+                        source.trust_domain(ours)
+                    }
+                };
+                let mut state = source.state();
+                if self.asked.set(Asked { id: None, state: state.clone() }).is_ok() {
+                    runtime.spawn(source.run(self.mesh.clone()));
+                    // What a reload set meanwhile may lack the trust domain that came.
+                    let security = self.clone();
+                    runtime.spawn(async move {
+                        while state.changed().await.is_ok() {
+                            security.believe(None);
+                        }
+                    });
+                }
+            }
         }
         Ok(())
     }
 
-    /// The identity that an authority signs, where one is asked.
+    /// The identity that somebody else gives us, where one is asked.
     #[must_use]
     pub fn asked(&self) -> Option<&Asked> {
         self.asked.get()
@@ -208,10 +255,21 @@ impl Security {
 
     /// Believes workloads of these trust domains, and of our own.
     pub fn set_trust_domains(&self, named: impl IntoIterator<Item = String>) {
+        self.believe(Some(named.into_iter().collect()));
+    }
+
+    /// Believes workloads of the trust domains that are named, now or before, and of our own as it is now.
+    fn believe(&self, now_named: Option<Vec<String>>) {
+        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(now_named) = now_named {
+            *named = now_named;
+        }
         let material = self.mesh.load();
         let own = material.identity.as_ref().and_then(|identity| identity.spiffe_id());
-        let own = own.or(self.asked.get().map(|asked| &asked.id)).map(|id| id.trust_domain().to_owned());
-        let all: BTreeSet<_> = own.into_iter().chain(self.trust_domain.clone()).chain(named).collect();
+        let asked = self.asked.get().and_then(|asked| asked.id.as_ref());
+        let own = own.or(asked).map(|id| id.trust_domain().to_owned());
+        let all: BTreeSet<_> =
+            own.into_iter().chain(self.trust_domain.clone()).chain(named.iter().cloned()).collect();
         self.mesh.set_trust_domains(all.into_iter().collect());
     }
 
@@ -238,4 +296,22 @@ fn authority(common: &Common, provider: &Arc<CryptoProvider>) -> Result<Option<I
         Some(_) => client,
         None => client.fixed_roots(Arc::new(system_roots()?)),
     }))
+}
+
+/// The client of `--spiffe-endpoint`, and which identity it gives.
+fn agent(common: &Common) -> Result<Option<Issuer>, String> {
+    let Some(endpoint) = &common.spiffe_endpoint else { return Ok(None) };
+    let api = if endpoint.is_empty() {
+        WorkloadApi::from_env().map_err(|error| format!("--spiffe-endpoint: {error}"))?
+    } else {
+        WorkloadApi::new(endpoint).map_err(|error| format!("--spiffe-endpoint {endpoint}: {error}"))?
+    };
+    let choice = match &common.spiffe_svid {
+        None => SvidChoice::First,
+        Some(id) if id.starts_with("spiffe://") => {
+            SvidChoice::Id(id.parse().map_err(|error| format!("--spiffe-svid {id}: {error}"))?)
+        }
+        Some(hint) => SvidChoice::Hint(hint.clone()),
+    };
+    Ok(Some(Issuer::Agent(api, choice)))
 }

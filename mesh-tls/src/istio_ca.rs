@@ -14,16 +14,18 @@
 //! The few fields of two messages are written by hand; a gRPC library would bring forty crates for one call in twelve hours.
 
 mod client;
-mod grpc;
 mod message;
 mod server;
 mod source;
 
 pub use self::client::{CaClientError, InvalidAddress, IstioCa, Question, Sign};
-pub use self::grpc::{Code, Status};
-pub use self::message::{CertificateRequest, CertificateResponse, InvalidMessage};
+pub use self::message::{CertificateRequest, CertificateResponse};
 pub use self::server::{Call, answer};
-pub use self::source::{CaState, IstioCaSource, WallClock};
+pub use self::source::IstioCaSource;
+pub use crate::clock::WallClock;
+pub use crate::grpc::{Code, Status};
+pub use crate::protobuf::InvalidMessage;
+pub use crate::source::CertState;
 
 /// The path of the one call.
 pub const PATH: &str = "/istio.v1.auth.IstioCertificateService/CreateCertificate";

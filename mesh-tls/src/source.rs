@@ -69,6 +69,20 @@ pub trait CertSource: Send + 'static {
     fn run(self, materials: Materials) -> impl Future<Output = ()> + Send;
 }
 
+/// How it stands with a certificate that is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CertState {
+    /// Until when the certificate that there is lives; `None` when there is none.
+    pub held_until: Option<SystemTime>,
+    /// Certificates that came so far.
+    pub received: u64,
+    /// Questions in a row that had no answer that could be taken.
+    pub failures: u32,
+    /// Why the last one had none.
+    pub last_error: Option<String>,
+}
+
 /// Why a certificate and its key are not taken.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -26,6 +26,8 @@ use webpki::{EndEntityCert, KeyUsage, RevocationOptionsBuilder, UnknownStatusPol
 
 use crate::certificate::{Leaf, printable, sha256};
 use crate::source::Materials;
+#[cfg(any(feature = "istio-ca", feature = "spiffe"))]
+use crate::source::{Identity, Material};
 
 /// What a peer's certificate has to be, beyond a chain that holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -230,6 +232,28 @@ impl PeerVerifier {
             Pin::Certificate(hash) => sha256(certificate, &self.provider).as_ref() == Some(hash),
         })
     }
+}
+
+/// Whether peers that believe the same as we do would believe us, as server and as client.
+#[cfg(any(feature = "istio-ca", feature = "spiffe"))]
+pub(crate) fn believable(
+    material: &Material,
+    id: &SpiffeId,
+    now: SystemTime,
+    provider: &Arc<CryptoProvider>,
+) -> Result<(), Refusal> {
+    let rule = PeerRule::Svid {
+        trust_domains: Some(vec![id.trust_domain().to_owned()]),
+        any_of: vec![id.as_str().to_owned()],
+    };
+    let verifier = PeerVerifier::new(Materials::new(material.clone()), Arc::clone(provider), rule);
+    let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let chain = material.identity.as_ref().map(Identity::chain).unwrap_or_default();
+    let [own, intermediates @ ..] = chain else { return Err(Refusal::Malformed) };
+    for usage in [KeyUsage::server_auth(), KeyUsage::client_auth()] {
+        verifier.judge(own, intermediates, UnixTime::since_unix_epoch(now), usage)?;
+    }
+    Ok(())
 }
 
 /// The rules of X509-SVID §5.2, then ours.

@@ -32,12 +32,12 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::grpc::{APPLICATION_GRPC, Code, Status, frame, unframe};
 use super::message::{CertificateRequest, CertificateResponse};
 use super::{MAX_MESSAGE, PATH};
 use crate::alpn;
 use crate::bundle::{InvalidBundle, TrustBundle};
 use crate::connector::Ours;
+use crate::grpc::{APPLICATION_GRPC, Code, Status, frame, unframe};
 use crate::source::{Identity, Material, Materials};
 use crate::verifier::{PeerRule, PeerVerifier, in_words};
 

@@ -10,8 +10,8 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use mesh_core::Body;
 
 use super::PATH;
-use super::grpc::{APPLICATION_GRPC, Code, Status, frame, unframe};
 use super::message::{CertificateRequest, CertificateResponse};
+use crate::grpc::{APPLICATION_GRPC, Code, Status, frame, unframe};
 
 /// The longest request that is read, in bytes: a signing request with a large key is two thousand.
 const MAX_REQUEST: usize = 32 * 1024;

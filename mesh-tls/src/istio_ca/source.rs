@@ -10,7 +10,6 @@
 //!
 //! What comes is judged before it is taken: the chain holds, is of our key, and says who we are.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -20,16 +19,16 @@ use rand::{RngExt as _, SeedableRng as _};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use tokio::sync::watch;
-use webpki::KeyUsage;
 
 use super::client::{CaClientError, IstioCa, Question, Sign};
 use crate::bundle::TrustBundle;
 use crate::certificate::Leaf;
+use crate::clock::WallClock;
 use crate::rotate::{pause, renew_at};
-use crate::source::{CertSource, Identity, Material, Materials};
-use crate::verifier::{PeerRule, PeerVerifier};
+use crate::source::{CertSource, CertState, Identity, Material, Materials};
+use crate::verifier::believable;
 
 /// For how long certificates are asked for, as Istio's `SECRET_TTL`.
 const LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -40,50 +39,6 @@ const LONGEST_WITHOUT: Duration = Duration::from_secs(15);
 /// The shortest pause between two certificates, however short they live.
 const SHORTEST: Duration = Duration::from_millis(100);
 
-/// How long to sleep at once: the clock of the wall may be set meanwhile, and certificates go by it.
-const LOOK: Duration = Duration::from_secs(30);
-
-/// The clock of the wall. Replaced in tests.
-#[derive(Clone)]
-pub struct WallClock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
-
-impl WallClock {
-    /// A clock that this function reads.
-    pub fn new(read: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
-        Self(Arc::new(read))
-    }
-
-    fn now(&self) -> SystemTime {
-        (self.0)()
-    }
-}
-
-impl Default for WallClock {
-    fn default() -> Self {
-        Self::new(SystemTime::now)
-    }
-}
-
-impl fmt::Debug for WallClock {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WallClock").finish_non_exhaustive()
-    }
-}
-
-/// How it stands with the certificate.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CaState {
-    /// Until when the certificate that there is lives; `None` when there is none.
-    pub held_until: Option<SystemTime>,
-    /// Certificates that came so far.
-    pub received: u64,
-    /// Questions in a row that had no answer.
-    pub failures: u32,
-    /// Why the last one had none.
-    pub last_error: Option<String>,
-}
-
 /// Certificates from an authority.
 #[derive(Debug)]
 pub struct IstioCaSource<S = IstioCa> {
@@ -93,7 +48,7 @@ pub struct IstioCaSource<S = IstioCa> {
     provider: Arc<CryptoProvider>,
     clock: WallClock,
     chance: StdRng,
-    state: watch::Sender<CaState>,
+    state: watch::Sender<CertState>,
 }
 
 impl<S: Sign> IstioCaSource<S> {
@@ -128,7 +83,7 @@ impl<S: Sign> IstioCaSource<S> {
 
     /// How it stands, now and later.
     #[must_use]
-    pub fn state(&self) -> watch::Receiver<CaState> {
+    pub fn state(&self) -> watch::Receiver<CertState> {
         self.state.subscribe()
     }
 
@@ -173,25 +128,9 @@ impl<S: Sign> IstioCaSource<S> {
         }
         let bundle = TrustBundle::new(roots).map_err(|error| format!("whom to believe: {error}"))?;
         let material = Material { identity: Some(identity), bundle: Arc::new(bundle) };
-        self.verify(&material)?;
+        believable(&material, &self.id, self.clock.now(), &self.provider)
+            .map_err(|refusal| refusal.to_string())?;
         Ok(material)
-    }
-
-    /// Whether peers that believe the same as we do would believe us.
-    fn verify(&self, material: &Material) -> Result<(), String> {
-        let rule = PeerRule::Svid {
-            trust_domains: Some(vec![self.id.trust_domain().to_owned()]),
-            any_of: Vec::new(),
-        };
-        let verifier = PeerVerifier::new(Materials::new(material.clone()), Arc::clone(&self.provider), rule);
-        let now = self.clock.now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let chain = material.identity.as_ref().map(Identity::chain).unwrap_or_default();
-        let [own, intermediates @ ..] = chain else { return Err("it is empty".to_owned()) };
-        for usage in [KeyUsage::server_auth(), KeyUsage::client_auth()] {
-            let judged = verifier.judge(own, intermediates, UnixTime::since_unix_epoch(now), usage);
-            judged.map_err(|refusal| refusal.to_string())?;
-        }
-        Ok(())
     }
 
     /// Takes a certificate, and says when it has to be renewed.
@@ -208,7 +147,8 @@ impl<S: Sign> IstioCaSource<S> {
         );
         materials.store(material);
         self.state.send_modify(|state| {
-            *state = CaState { held_until: Some(end), received: state.received + 1, ..CaState::default() };
+            *state =
+                CertState { held_until: Some(end), received: state.received + 1, ..CertState::default() };
         });
         next
     }
@@ -245,14 +185,6 @@ impl<S: Sign> IstioCaSource<S> {
         materials.store(Material { identity: None, bundle: Arc::clone(&materials.load().bundle) });
         self.state.send_modify(|state| state.held_until = None);
     }
-
-    async fn wait_until(&self, moment: SystemTime) {
-        while let Ok(left) = moment.duration_since(self.clock.now())
-            && !left.is_zero()
-        {
-            tokio::time::sleep(left.min(LOOK)).await;
-        }
-    }
 }
 
 impl<S: Sign> CertSource for IstioCaSource<S> {
@@ -266,7 +198,7 @@ impl<S: Sign> CertSource for IstioCaSource<S> {
                 asked = self.renew(&current) => Some(asked),
                 () = async {
                     match end {
-                        Some(end) => self.wait_until(end).await,
+                        Some(end) => self.clock.wait_until(end).await,
                         None => std::future::pending().await,
                     }
                 } => None,
@@ -281,11 +213,11 @@ impl<S: Sign> CertSource for IstioCaSource<S> {
                 None => self.clock.now(),
             };
             if let Some(over) = end.filter(|end| *end <= next) {
-                self.wait_until(over).await;
+                self.clock.wait_until(over).await;
                 self.withdraw(&materials);
                 end = None;
             }
-            self.wait_until(next).await;
+            self.clock.wait_until(next).await;
         }
     }
 }

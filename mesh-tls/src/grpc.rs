@@ -1,17 +1,19 @@
-//! As much of gRPC as one call needs: frames, statuses, and how they are written in headers.
+//! As much of gRPC as a call or two need: frames, statuses, and how they are written in headers.
+//!
+//! Two calls by hand, [Istio's certificate service](crate::istio_ca) and the [Workload API](crate::spiffe), share it.
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 /// The header of a status' code.
-pub(super) const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+pub(crate) const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 /// The header of a status' words.
-pub(super) const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+pub(crate) const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 /// The type of both bodies.
-pub(super) const APPLICATION_GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
+pub(crate) const APPLICATION_GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 
 /// One byte that says whether the message is compressed, four with its length.
-const FRAME_HEAD: usize = 5;
+pub(crate) const FRAME_HEAD: usize = 5;
 
 /// What became of a call that has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -95,7 +97,7 @@ impl Status {
     }
 
     /// The status that headers or trailers have; `None` where there is none.
-    pub(super) fn read(headers: &HeaderMap) -> Option<Self> {
+    pub(crate) fn read(headers: &HeaderMap) -> Option<Self> {
         let code = headers.get(GRPC_STATUS)?;
         let code = code.to_str().ok().and_then(|code| code.parse().ok()).map_or(Code::Unknown, Code::of);
         let message = headers.get(GRPC_MESSAGE).map(|message| unescape(message.as_bytes()));
@@ -103,7 +105,8 @@ impl Status {
     }
 
     /// Writes it into headers or trailers.
-    pub(super) fn write(&self, headers: &mut HeaderMap) {
+    #[cfg(feature = "istio-ca")]
+    pub(crate) fn write(&self, headers: &mut HeaderMap) {
         headers.insert(GRPC_STATUS, HeaderValue::from(u16::from(self.code as u8)));
         if !self.message.is_empty()
             && let Ok(message) = HeaderValue::from_str(&escape(&self.message))
@@ -114,7 +117,7 @@ impl Status {
 }
 
 /// A message as a frame.
-pub(super) fn frame(message: &[u8]) -> Bytes {
+pub(crate) fn frame(message: &[u8]) -> Bytes {
     let mut out = BytesMut::with_capacity(FRAME_HEAD + message.len());
     out.put_u8(0);
     // What is framed here is bounded by the messages that are made.
@@ -124,7 +127,8 @@ pub(super) fn frame(message: &[u8]) -> Bytes {
 }
 
 /// The one message of a body.
-pub(super) fn unframe(body: &[u8]) -> Result<&[u8], Status> {
+#[cfg(feature = "istio-ca")]
+pub(crate) fn unframe(body: &[u8]) -> Result<&[u8], Status> {
     let invalid = |words: &str| Status::new(Code::InvalidArgument, words);
     let Some((head, message)) = body.split_at_checked(FRAME_HEAD) else {
         return Err(invalid("there is no message"));
@@ -140,6 +144,7 @@ pub(super) fn unframe(body: &[u8]) -> Result<&[u8], Status> {
 }
 
 /// Percent-encodes what gRPC does not write as it is.
+#[cfg(feature = "istio-ca")]
 fn escape(message: &str) -> String {
     use std::fmt::Write as _;
     message.bytes().fold(String::with_capacity(message.len()), |mut out, byte| {
@@ -178,7 +183,7 @@ fn unescape(message: &[u8]) -> String {
     text.chars().take(1024).flat_map(printable).collect()
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "istio-ca"))]
 mod tests {
     use super::*;
 
