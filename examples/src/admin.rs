@@ -5,7 +5,7 @@
 
 use std::convert::Infallible;
 use std::fmt::Write as _;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Instant, SystemTime};
 
 use http::header::{ALLOW, CONTENT_TYPE};
@@ -70,6 +70,8 @@ pub struct Admin {
     pub materials: Materials,
     /// What the status port asks of the process.
     pub controls: Controls,
+    /// The ports of these endpoints.
+    pub own_ports: Mutex<Vec<u16>>,
     /// The probes of the application, which the status port answers.
     pub probers: Probers,
     /// The application's metrics, which the status port has behind our own.
@@ -133,7 +135,7 @@ impl Admin {
                         return Ok(response);
                     }
                     if Probers::owns(head.uri.path()) {
-                        return Ok(admin.probers.answer(&head).await);
+                        return Ok(admin.probers.answer(&head, |port| admin.is_own(port)).await);
                     }
                     if head.method == Method::GET
                         && port.has_stats(head.uri.path())
@@ -145,6 +147,13 @@ impl Admin {
                 Ok::<_, Infallible>(admin.respond(port, &head))
             }
         })
+    }
+
+    /// Whether a port is one of these endpoints' or of the listeners.
+    fn is_own(&self, port: u16) -> bool {
+        let ours = self.own_ports.lock().unwrap_or_else(PoisonError::into_inner).contains(&port);
+        let listeners = self.server.upgrade().map(|server| server.status()).unwrap_or_default();
+        ours || listeners.iter().any(|listener| listener.address.port() == port)
     }
 
     fn respond(&self, port: Port, head: &Parts) -> Response<Body> {
@@ -171,7 +180,7 @@ impl Admin {
         };
         match path {
             "/" => text(StatusCode::OK, index()),
-            "/ready" | "/healthz/ready" => self.ready(&server),
+            "/ready" | "/healthz/ready" => self.ready(port, &server),
             "/config_dump" => json(StatusCode::OK, &self.config_dump()),
             "/clusters" => json(StatusCode::OK, &self.clusters()),
             "/certs" => json(StatusCode::OK, &certs::dump(&self.security.certificates(), SystemTime::now())),
@@ -204,7 +213,7 @@ impl Admin {
         )
     }
 
-    fn ready(&self, server: &Server) -> Response<Body> {
+    fn ready(&self, port: Port, server: &Server) -> Response<Body> {
         let loaded = self.status.read();
         let phase = server.drain().phase();
         let security: Vec<_> = loaded
@@ -235,6 +244,10 @@ impl Admin {
         });
         if let Some(asked) = &self.identity {
             body["identity"] = identity(asked, &self.materials);
+            if port != Port::Admin {
+                // Everyone may ask here, and what went wrong names files and the authority.
+                body["identity"]["last_error"] = json!(asked.state.borrow().last_reason);
+            }
         }
         json(if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &body)
     }

@@ -82,7 +82,8 @@ impl Place {
         dir.write("mesh.yaml", config);
         let (file, app) = (dir.file("mesh.yaml"), app.map(|app| app.to_string()));
         let (ca, log) = (format!("https://{ca}"), dir.file("access.log"));
-        let mut args = vec!["--config", &file, "--outbound", ANY, "--admin", ANY, "--workers", "1"];
+        let mut args = vec!["--config", &file, "--outbound", ANY, "--admin", ANY, "--health", ANY];
+        args.extend(["--workers", "1"]);
         args.extend(["--access-log", &log]);
         args.extend(["--service-account", name, "--ca", &ca, "--bootstrap-token", token, "--ca-root", roots]);
         if let Some(app) = &app {
@@ -297,6 +298,10 @@ async fn d10_without_an_authority_nothing_is_let_through_and_then_everything_by_
     assert_eq!((status, &ready["state"]), (503, &Value::from("INITIALIZING")));
     let error = ready["identity"]["last_error"].as_str().unwrap();
     assert!(error.contains("cannot connect to 127.0.0.1:"), "{error}");
+    // The other ports everyone may ask, and they name neither the authority nor files.
+    let health = get(client.process.address("health"), "localhost", "/healthz/ready").await;
+    let health: Value = serde_json::from_str(&health.body).unwrap();
+    assert_eq!(health["identity"]["last_error"], "cannot connect to the authority", "{health}");
     let answer = get(client.outbound(), "reviews", "/").await;
     assert_eq!(answer.status, 503, "{answer:?}");
     let log = client.dir.file("access.log");

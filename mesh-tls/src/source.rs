@@ -81,6 +81,8 @@ pub struct CertState {
     pub failures: u32,
     /// Why the last one had none.
     pub last_error: Option<String>,
+    /// The same without files and addresses, for those who need not know them.
+    pub last_reason: Option<&'static str>,
 }
 
 /// Why a certificate and its key are not taken.

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use mesh_core::config::Role;
 use mesh_core::server::{
@@ -143,6 +143,7 @@ impl Proxy {
             controls: self.controls.clone(),
             identity: self.security.asked().cloned(),
             materials: self.security.mesh().clone(),
+            own_ports: Mutex::default(),
             probers: Probers::from_env(Arc::clone(self.security.provider())).map_err(Failure::Other)?,
             // As in Istio: behind a gateway there is no application, and its service has this port.
             metrics: if role == Role::Sidecar { Metrics::from_env() } else { Ok(Metrics::none()) }
@@ -167,6 +168,7 @@ impl Proxy {
             let (bound, serving) = serve_here(spec, admin.stack(port), ServerLimits::default(), None)
                 .map_err(|error| bind_failure(&error, flag))?;
             refuse(bound)?;
+            admin.own_ports.lock().unwrap_or_else(PoisonError::into_inner).push(bound.port());
             tokio::spawn(serving);
             if port == Port::Admin {
                 first = bound;

@@ -1,12 +1,14 @@
 //! Probes by HTTP and HTTPS, and what both they and a scrape of the application need of a client.
 //!
 //! Each request has a connection of its own, as those of the kubelet have: what is asked is whether the application takes
-//! one. The client follows redirects that stay at the same host, as the kubelet does.
+//! one. The client follows redirects that stay at the same host, as the kubelet does. To another port or by another scheme
+//! only the probe's own headers go along, and the user agent; and never to a port of ours, as what answers there is for
+//! this host alone.
 
 use std::net::SocketAddr;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONNECTION, CONTENT_LENGTH, HOST, LOCATION, TE, TRANSFER_ENCODING, UPGRADE};
+use http::header::{CONNECTION, CONTENT_LENGTH, HOST, LOCATION, TE, TRANSFER_ENCODING, UPGRADE, USER_AGENT};
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri};
@@ -52,15 +54,9 @@ impl HttpGet {
         pod: Pod,
         tls: &Unverified,
         head: &Parts,
+        is_own: impl Fn(u16) -> bool,
     ) -> Result<Response<Body>, String> {
-        let mut headers = head.headers.clone();
-        for (name, value) in &self.headers {
-            // The kubelet sends these too, and it has the last word.
-            headers.entry(name).or_insert_with(|| value.clone());
-        }
-        for name in &HOP_BY_HOP {
-            headers.remove(name);
-        }
+        let mut headers = self.headers_with(&head.headers);
         headers.insert(HOST, host(head, pod.at(self.port))?);
         let (secure, port, path) = (self.secure, self.port, self.path.clone());
         let mut at = Location { secure, host: pod.ip.to_string(), port, path };
@@ -81,6 +77,19 @@ impl HttpGet {
             }
             match redirect(&response, &at)? {
                 Some((next, keeps_host)) if next.host.parse() == Ok(pod.ip) => {
+                    let is_elsewhere = (next.secure, next.port) != (at.secure, at.port);
+                    if is_elsewhere && is_own(next.port) {
+                        return Err(format!("a redirect leads to port {}, which is our own", next.port));
+                    }
+                    if is_elsewhere {
+                        // Whoever listens there, or hears what is no secret any more, gets nothing of the caller.
+                        let host = headers.remove(HOST);
+                        headers = self.headers_with(&HeaderMap::new());
+                        if let Some(user_agent) = head.headers.get(USER_AGENT) {
+                            headers.entry(USER_AGENT).or_insert_with(|| user_agent.clone());
+                        }
+                        headers.extend(host.map(|host| (HOST, host)));
+                    }
                     if !keeps_host {
                         headers.insert(HOST, host_value(&next.authority())?);
                     }
@@ -90,6 +99,18 @@ impl HttpGet {
             }
         }
         Err(format!("more than {MOST_REQUESTS} requests, as each was answered with a redirect"))
+    }
+
+    /// Those of the probe beside the caller's, which are the kubelet's and have the last word.
+    fn headers_with(&self, callers: &HeaderMap) -> HeaderMap {
+        let mut headers = callers.clone();
+        for (name, value) in self.headers.iter().filter(|(name, _)| !callers.contains_key(*name)) {
+            headers.append(name, value.clone());
+        }
+        for name in &HOP_BY_HOP {
+            headers.remove(name);
+        }
+        headers
     }
 }
 

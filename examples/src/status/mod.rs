@@ -14,7 +14,7 @@
 //!
 //! | probe | how | success |
 //! |---|---|---|
-//! | `httpGet` | GET with the kubelet's headers; redirects at the same host are followed, ten requests in all | the application's status, and the first 10 KiB of its answer; a redirect that leads elsewhere is 200 |
+//! | `httpGet` | GET with the kubelet's headers; redirects at the same host are followed, ten requests in all, to another port or scheme without the kubelet's headers and not to ports of ours (500) | the application's status, and the first 10 KiB of its answer; a redirect that leads elsewhere is 200 |
 //! | `httpGet` with `scheme: HTTPS` | the same over HTTP/2 or HTTP/1.1 by ALPN, and **the certificate is not verified**, as the kubelet does not; the client that does so is private to these probes | the same |
 //! | `tcpSocket` | connects | 200 when that succeeds, else 500 |
 //! | `grpc` | `grpc.health.v1.Health/Check` over HTTP/2 without TLS | 200 for `SERVING`, else 500 |

@@ -91,15 +91,18 @@ impl Probers {
     }
 
     /// Probes the application for the kubelet.
-    pub async fn answer(&self, head: &Parts) -> Response<Body> {
+    ///
+    /// No redirect is followed to a port that `is_own`.
+    pub async fn answer(&self, head: &Parts, is_own: impl Fn(u16) -> bool) -> Response<Body> {
         let path = head.uri.path();
         let Some(prober) = self.probers.get(path) else {
-            tracing::error!("there is no prober for {path}");
+            // Whoever reaches the port may ask, so it is not to fill the log.
+            tracing::debug!("there is no prober for {path}");
             return reply(StatusCode::BAD_REQUEST, format!("there is no prober for {path}\n"));
         };
         let probing = async {
             match &prober.action {
-                Action::Http(get) => get.probe(self.pod, &self.tls, head).await,
+                Action::Http(get) => get.probe(self.pod, &self.tls, head, is_own).await,
                 Action::Tcp { port } => self.pod.connect(*port).await.map(|_| reply(StatusCode::OK, "")),
                 Action::Grpc { port, service } => {
                     let stream = self.pod.connect(*port).await?;

@@ -1,8 +1,9 @@
 //! TLS to an application whose certificate nobody looks at, for HTTPS probes and for nothing else.
 //!
 //! The kubelet does not verify the certificate of what it probes, and neither does Istio's agent: a probe asks whether
-//! something answers at the pod's own address, sends no secret, and its answer decides nothing but health. So this type is
-//! private to the status port. Requests of the mesh are secured by [`mesh_tls`], where a DestinationRule has to ask for
+//! something answers at the pod's own address, and its answer decides nothing but health. What it sends are the headers of
+//! the probe and of whoever asks for it; to a place that a redirect names, only the former. So this type is private to the
+//! status port. Requests of the mesh are secured by [`mesh_tls`], where a DestinationRule has to ask for
 //! `insecureSkipVerify`.
 
 use std::fmt;

@@ -1,7 +1,7 @@
 //! Probes of the application.
 
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use mesh_testkit::process::Process;
@@ -218,6 +218,64 @@ async fn pt_01_redirects_are_followed_as_the_kubelet_does() {
         "a relative one keeps the kubelet's host"
     );
     assert_eq!(tls.script.requests(), 1);
+}
+
+#[tokio::test]
+async fn pt_01_bug_redirects_of_probes_took_the_callers_headers_anywhere_in_the_pod() {
+    let other = Scripted::start("other", |_| Reply::Status(418)).await;
+    let to_other: &'static str = format!("http://127.0.0.1:{}/", other.addr.port()).leak();
+    let moved = Scripted::start("moved", |seen| match seen.path.as_str() {
+        "/" => Reply::Headers(302, vec![("location", "/here")]),
+        _ => Reply::Headers(302, vec![("location", to_other)]),
+    })
+    .await;
+    let secure = TlsApp::start(&["h2"], |_| Reply::Headers(302, vec![("location", to_other)])).await;
+    let headers = r#"[{"name":"x-probe","value":"one"},{"name":"x-probe","value":"two"}]"#;
+    let prober = |port: u16, scheme: &str| {
+        format!(
+            r#"{{"httpGet":{{"port":{port},"scheme":"{scheme}","httpHeaders":{headers}}},"timeoutSeconds":5}}"#
+        )
+    };
+    let sidecar =
+        probing(&[("moved", prober(moved.addr.port(), "HTTP")), ("secure", prober(secure.port, "HTTPS"))]);
+    for name in ["moved", "secure"] {
+        let request = format!(
+            "GET /app-health/{name}/livez HTTP/1.1\r\nhost: a\r\nuser-agent: kube-probe/1.31\r\nauthorization: secret\r\nx-forwarded-for: 10.0.0.1\r\nconnection: close\r\n\r\n"
+        );
+        let answer = exchange(sidecar.address("status"), request.as_bytes(), Duration::from_secs(5)).await;
+        assert_eq!(answer.statuses(), [418], "{name}: {}", sidecar.stderr());
+    }
+    let probes = |seen: &Seen| seen.headers.get_all("x-probe").iter().cloned().collect::<Vec<_>>();
+    for seen in moved.seen().iter().chain(&secure.script.seen()) {
+        assert_eq!(seen.header("authorization"), Some("secret"), "at the place that is probed they go along");
+        assert_eq!(probes(seen), ["one", "two"], "both");
+    }
+    assert_eq!((moved.requests(), other.requests()), (2, 2));
+    for seen in other.seen() {
+        assert_eq!([seen.header("authorization"), seen.header("x-forwarded-for")], [None, None]);
+        assert_eq!(seen.header("user-agent"), Some("kube-probe/1.31"));
+        assert_eq!(probes(&seen), ["one", "two"]);
+    }
+}
+
+#[tokio::test]
+async fn pt_01_bug_redirects_of_probes_reached_our_own_ports() {
+    // They are known only after the application's.
+    let own = Arc::new(OnceLock::<[u16; 3]>::new());
+    let known = Arc::clone(&own);
+    let app = Scripted::start("app", move |seen| {
+        let port = known.get().unwrap()[seen.path[1..].parse::<usize>().unwrap()];
+        let location: &'static str = format!("http://127.0.0.1:{port}/ready").leak();
+        Reply::Headers(302, vec![("location", location)])
+    })
+    .await;
+    let prober = |at: usize| format!(r#"{{"httpGet":{{"port":{},"path":"/{at}"}}}}"#, app.addr.port());
+    let sidecar = probing(&[("0", prober(0)), ("1", prober(1)), ("2", prober(2))]);
+    own.set(["admin", "status", "outbound"].map(|name| sidecar.address(name).port())).unwrap();
+    for name in ["0", "1", "2"] {
+        assert_eq!(probe(&sidecar, name).await.0, 500, "{name}");
+        said(&sidecar, &format!("/app-health/{name}/livez: "), "which is our own").await;
+    }
 }
 
 #[tokio::test]

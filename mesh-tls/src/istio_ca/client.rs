@@ -212,6 +212,21 @@ pub enum CaClientError {
 }
 
 impl CaClientError {
+    /// What kind of error it is, in words that name no file and no address.
+    #[must_use]
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Self::Token { .. } => "there is no token that can be read",
+            Self::Roots { .. } => "there are no roots that can be read",
+            Self::Connect { .. } => "cannot connect to the authority",
+            Self::Handshake { .. } => "the TLS handshake with the authority failed",
+            Self::Broken { .. } => "the connection to the authority broke off",
+            Self::TooLate { .. } => "the authority did not answer in time",
+            Self::Refused(_) => "the authority refuses",
+            Self::Answer(_) => "the authority's answer is not taken",
+        }
+    }
+
     /// Whether the connection failed before there was an answer.
     fn is_of_connection(&self) -> bool {
         matches!(self, Self::Handshake { .. } | Self::Broken { .. })

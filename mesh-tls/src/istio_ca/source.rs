@@ -160,6 +160,7 @@ impl<S: Sign> IstioCaSource<S> {
         self.state.send_modify(|state| {
             state.failures = state.failures.saturating_add(1);
             state.last_error = Some(error.to_string());
+            state.last_reason = Some(error.reason());
             failures = state.failures;
         });
         let left = end.and_then(|end| end.duration_since(now).ok()).unwrap_or_default();

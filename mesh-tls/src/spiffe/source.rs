@@ -216,6 +216,7 @@ impl<S: Subscribe> SpiffeSource<S> {
         self.state.send_modify(|state| {
             state.failures = state.failures.saturating_add(1);
             state.last_error = Some(error.to_string());
+            state.last_reason = Some("the Workload API gives no identity");
             failures = state.failures;
         });
         let end = self.held.as_ref().map(|held| held.end);
