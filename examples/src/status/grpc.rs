@@ -174,7 +174,11 @@ fn varint(message: &mut &[u8]) -> Result<u64, &'static str> {
     for shift in (0..64).step_by(7) {
         let (byte, rest) = message.split_first().ok_or(UNREADABLE)?;
         *message = rest;
-        value |= u64::from(byte & 0x7f) << shift;
+        let bits = u64::from(byte & 0x7f);
+        if shift == 63 && bits > 1 {
+            return Err(UNREADABLE);
+        }
+        value |= bits << shift;
         if byte & 0x80 == 0 {
             return Ok(value);
         }
@@ -209,6 +213,8 @@ mod tests {
             b"\x0b",
             b"\x21\x01",
             b"\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+            // More than 64 bits, of which the first 64 are SERVING.
+            b"\x08\x81\x80\x80\x80\x80\x80\x80\x80\x80\x02",
         ] {
             assert_eq!(status_of(message), Err(UNREADABLE), "{message:x?}");
         }
