@@ -105,6 +105,14 @@ impl Proxy {
         }
         let (errors, all) = (diagnostics.error_count(), diagnostics.len());
         println!("{errors} errors, {} warnings", all - errors);
+        let is_secured = self.common.identity_dir.is_some() || self.common.ca.is_some();
+        if !is_secured
+            && diagnostics.iter().any(|diagnostic| diagnostic.message.starts_with("security setting"))
+        {
+            println!(
+                "mutual TLS is enforced with an identity: say --identity-dir, or --ca and --bootstrap-token, here too"
+            );
+        }
         if errors == 0 { Ok(()) } else { Err(Failure::Other("the configuration has errors".to_owned())) }
     }
 
