@@ -105,12 +105,17 @@ impl Proxy {
         }
         let (errors, all) = (diagnostics.error_count(), diagnostics.len());
         println!("{errors} errors, {} warnings", all - errors);
-        let is_secured = self.common.identity_dir.is_some() || self.common.ca.is_some();
+        let is_secured = [
+            self.common.identity_dir.is_some(),
+            self.common.ca.is_some(),
+            self.common.spiffe_endpoint.is_some(),
+        ]
+        .contains(&true);
         if !is_secured
             && diagnostics.iter().any(|diagnostic| diagnostic.message.starts_with("security setting"))
         {
             println!(
-                "mutual TLS is enforced with an identity: say --identity-dir, or --ca and --bootstrap-token, here too"
+                "mutual TLS is enforced with an identity: say --identity-dir, --ca or --spiffe-endpoint here too"
             );
         }
         if errors == 0 { Ok(()) } else { Err(Failure::Other("the configuration has errors".to_owned())) }
