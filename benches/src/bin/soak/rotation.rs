@@ -206,6 +206,8 @@ async fn connect(scene: &Scene) -> Option<(SendRequest<Empty<Bytes>>, Vec<u8>)> 
     let tls = ClientTls { sni: Some("server.default.svc.cluster.local".to_owned()), ..ClientTls::default() };
     let failed = |error: std::io::Error| eprintln!("d1: a handshake failed: {error}");
     let tcp = TcpStream::connect(scene.address).await.map_err(failed).ok()?;
+    // As the proxies do: else the request waits for the acknowledgement of the handshake.
+    tcp.set_nodelay(true).ok()?;
     let stream = scene.connector.connect(tcp, &tls, Spoken::Http1).await.map_err(failed).ok()?;
     let shown = stream.get_ref().1.peer_certificates()?.first()?;
     let serial = Leaf::read(shown).ok()?.serial;
